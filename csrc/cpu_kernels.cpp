@@ -1,0 +1,169 @@
+// Compiled once for each instruction set with LONGACT_ISA naming it (CMakeLists.txt). Plain loops for
+// the compiler to vectorise, and nothing from the standard library: a function template that two
+// instruction sets both instantiate would be merged into one by the linker.
+#include "cpu_kernels.h"
+
+#define LONGACT_CONCAT_(a, b) a##b
+#define LONGACT_CONCAT(a, b) LONGACT_CONCAT_(a, b)
+#define LONGACT_STRING_(a) #a
+#define LONGACT_STRING(a) LONGACT_STRING_(a)
+
+namespace longact {
+namespace {
+
+template <typename T, bool kZeroGrad, bool kAmsgrad>
+void adamw_loop(const AdamWCoefficients<T>& coefficients, T* __restrict p, const T* __restrict g,
+                T* __restrict m, T* __restrict v, T* __restrict vmax, int64_t n) {
+  const AdamWCoefficients<T> c = coefficients;
+  for (int64_t i = 0; i < n; ++i) {
+    adamw_element<T, kZeroGrad, kAmsgrad>(c, p[i], kZeroGrad ? nullptr : g + i, m[i], v[i],
+                                          kAmsgrad ? vmax + i : nullptr);
+  }
+}
+
+template <typename T>
+void adamw(const AdamWCoefficients<T>& c, T* p, const T* g, T* m, T* v, T* vmax, int64_t n) {
+  if (g != nullptr) {
+    vmax != nullptr ? adamw_loop<T, false, true>(c, p, g, m, v, vmax, n)
+                    : adamw_loop<T, false, false>(c, p, g, m, v, vmax, n);
+  } else {
+    vmax != nullptr ? adamw_loop<T, true, true>(c, p, g, m, v, vmax, n)
+                    : adamw_loop<T, true, false>(c, p, g, m, v, vmax, n);
+  }
+}
+
+void load(DType dtype, const void* from, float* __restrict to, int64_t n) {
+  const uint16_t* __restrict bits = static_cast<const uint16_t*>(from);
+  if (dtype == DType::kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) to[i] = bfloat16_to_float(bits[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = float16_to_float(bits[i]);
+  }
+}
+
+void store(DType dtype, const float* __restrict from, void* to, int64_t n) {
+  uint16_t* __restrict bits = static_cast<uint16_t*>(to);
+  if (dtype == DType::kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) bits[i] = float_to_bfloat16(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) bits[i] = float_to_float16(from[i]);
+  }
+}
+
+template <DType kDType>
+struct Element;
+template <>
+struct Element<DType::kFloat32> {
+  using type = float;
+  static float get(const float* y, int64_t i) { return y[i]; }
+};
+template <>
+struct Element<DType::kFloat64> {
+  using type = double;
+  static float get(const double* y, int64_t i) { return static_cast<float>(y[i]); }
+};
+template <>
+struct Element<DType::kBFloat16> {
+  using type = uint16_t;
+  static float get(const uint16_t* y, int64_t i) { return bfloat16_to_float(y[i]); }
+};
+template <>
+struct Element<DType::kFloat16> {
+  using type = uint16_t;
+  static float get(const uint16_t* y, int64_t i) { return float16_to_float(y[i]); }
+};
+
+template <Metric kMetric>
+inline float measure(float y) {
+  return kMetric == Metric::kRms ? y * y : fabsf(y);
+}
+
+// A NaN in either wins: a non-finite activation must show in the magnitude.
+template <Metric kMetric>
+inline float combine(float a, float b) {
+  if (kMetric == Metric::kMaxAbs) return (b > a || b != b) ? b : a;
+  return a + b;
+}
+
+// Tokens go four at a time into a partial sum of at most kTokenBlock of them, which then goes into the
+// total: fp32 sums over 100 k tokens stay accurate, and the order depends on the data alone.
+constexpr int kGroup = 4;
+constexpr int64_t kTokenBlock = 256;
+constexpr int64_t kColumns = 512;
+
+template <Metric kMetric, DType kDType>
+void magnitude_loop(const void* data, int64_t stride, const uint8_t* mask, int64_t tokens,
+                    int64_t channels, float* total) {
+  using E = Element<kDType>;
+  const auto* y = static_cast<const typename E::type*>(data);
+  float partial[kColumns];
+  for (int64_t first = 0; first < channels; first += kColumns) {
+    const int64_t width = channels - first < kColumns ? channels - first : kColumns;
+    float* __restrict out = total + first;
+    int64_t t = 0;
+    while (t < tokens) {
+      for (int64_t c = 0; c < width; ++c) partial[c] = 0.0f;
+      int64_t counted = 0;
+      while (t < tokens && counted < kTokenBlock) {
+        const typename E::type* group[kGroup];
+        int size = 0;
+        for (; t < tokens && size < kGroup; ++t) {
+          if (mask == nullptr || mask[t] != 0) group[size++] = y + t * stride + first;
+        }
+        counted += size;
+        if (size == kGroup) {
+          const auto *a = group[0], *b = group[1], *d = group[2], *e = group[3];
+          for (int64_t c = 0; c < width; ++c) {
+            const float ab = combine<kMetric>(measure<kMetric>(E::get(a, c)), measure<kMetric>(E::get(b, c)));
+            const float de = combine<kMetric>(measure<kMetric>(E::get(d, c)), measure<kMetric>(E::get(e, c)));
+            partial[c] = combine<kMetric>(partial[c], combine<kMetric>(ab, de));
+          }
+        } else {
+          for (int i = 0; i < size; ++i) {
+            const auto* a = group[i];
+            for (int64_t c = 0; c < width; ++c) {
+              partial[c] = combine<kMetric>(partial[c], measure<kMetric>(E::get(a, c)));
+            }
+          }
+        }
+      }
+      for (int64_t c = 0; c < width; ++c) out[c] = combine<kMetric>(out[c], partial[c]);
+    }
+  }
+}
+
+template <Metric kMetric>
+void magnitude_of_metric(DType dtype, const void* y, int64_t stride, const uint8_t* mask, int64_t tokens,
+                         int64_t channels, float* total) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return magnitude_loop<kMetric, DType::kFloat32>(y, stride, mask, tokens, channels, total);
+    case DType::kFloat64:
+      return magnitude_loop<kMetric, DType::kFloat64>(y, stride, mask, tokens, channels, total);
+    case DType::kBFloat16:
+      return magnitude_loop<kMetric, DType::kBFloat16>(y, stride, mask, tokens, channels, total);
+    case DType::kFloat16:
+      return magnitude_loop<kMetric, DType::kFloat16>(y, stride, mask, tokens, channels, total);
+  }
+}
+
+void magnitude(Metric metric, DType dtype, const void* y, int64_t stride, const uint8_t* mask,
+               int64_t tokens, int64_t channels, float* total) {
+  switch (metric) {
+    case Metric::kMeanAbs:
+      return magnitude_of_metric<Metric::kMeanAbs>(dtype, y, stride, mask, tokens, channels, total);
+    case Metric::kRms:
+      return magnitude_of_metric<Metric::kRms>(dtype, y, stride, mask, tokens, channels, total);
+    case Metric::kMaxAbs:
+      return magnitude_of_metric<Metric::kMaxAbs>(dtype, y, stride, mask, tokens, channels, total);
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels LONGACT_CONCAT(kCpuKernels_, LONGACT_ISA);
+const CpuKernels LONGACT_CONCAT(kCpuKernels_, LONGACT_ISA) = {
+    LONGACT_STRING(LONGACT_ISA), adamw<float>, adamw<double>, load, store, magnitude,
+};
+
+}  // namespace longact

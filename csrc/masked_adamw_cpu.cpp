@@ -1,0 +1,182 @@
+#include "masked_adamw_cpu.h"
+
+#include <algorithm>
+
+#include "adamw_math.h"
+#include "cpu_kernels.h"
+
+namespace longact {
+namespace {
+
+// A piece of one tensor: elements [begin, end) of a flat tensor, or positions [begin, end) in the
+// sequence of rows to visit.
+struct Chunk {
+  const AdamWTensor* tensor;
+  int64_t begin, end;
+};
+
+constexpr int64_t kChunkElements = 32768;  // four fp32 streams of it fit a core's L2 cache
+constexpr int64_t kBlock = 1024;           // staged in L1 where a buffer is not of the compute type
+
+// Consecutive elements of one tensor that share their coefficients.
+class SpanUpdater {
+ public:
+  SpanUpdater(const CpuKernels& kernels, const AdamWTensor& tensor, const AdamWGroup& group,
+              double grad_scale)
+      : kernels_(kernels), tensor_(tensor), group_(group), grad_scale_(grad_scale) {}
+
+  // `offset`: the first element in the parameter, `state_offset`: the same in the moments.
+  void operator()(int64_t offset, int64_t state_offset, int64_t n, double age, bool has_grad) {
+    const AdamWTensor& t = tensor_;
+    const bool is_double = t.param_dtype == DType::kFloat64;
+    if (age != age_) {
+      age_ = age;
+      if (is_double) {
+        c64_ = adamw_coefficients<double>(group_, grad_scale_, age);
+      } else {
+        c32_ = adamw_coefficients<float>(group_, grad_scale_, age);
+      }
+    }
+    if (is_double) {
+      kernels_.adamw_f64(c64_, at<double>(t.param, offset),
+                         has_grad ? at<const double>(t.grad, offset) : nullptr,
+                         at<double>(t.exp_avg, state_offset), at<double>(t.exp_avg_sq, state_offset),
+                         at<double>(t.max_exp_avg_sq, state_offset), n);
+      return;
+    }
+    for (int64_t done = 0; done < n;) {
+      const int64_t size = staged() ? std::min(kBlock, n - done) : n;
+      update_block(offset + done, state_offset + done, size, has_grad);
+      done += size;
+    }
+  }
+
+ private:
+  template <typename T>
+  static T* at(void* base, int64_t offset) {
+    return base == nullptr ? nullptr : static_cast<T*>(base) + offset;
+  }
+  template <typename T>
+  static const T* at(const void* base, int64_t offset) {
+    return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
+  }
+
+  bool staged() const {
+    return tensor_.param_dtype != DType::kFloat32 || tensor_.grad_dtype != DType::kFloat32 ||
+           tensor_.moment_dtype != DType::kFloat32;
+  }
+
+  // The buffer itself where it is fp32 already, else a converted copy of the block.
+  float* stage(DType dtype, const void* base, int64_t offset, int64_t n, float* block) const {
+    if (base == nullptr) return nullptr;
+    const char* from = static_cast<const char*>(base) + offset * dtype_size(dtype);
+    if (dtype == DType::kFloat32) return reinterpret_cast<float*>(const_cast<char*>(from));
+    kernels_.load(dtype, from, block, n);
+    return block;
+  }
+  void unstage(DType dtype, void* base, int64_t offset, int64_t n, const float* block) const {
+    if (base == nullptr || dtype == DType::kFloat32) return;
+    kernels_.store(dtype, block, static_cast<char*>(base) + offset * dtype_size(dtype), n);
+  }
+
+  void update_block(int64_t offset, int64_t state_offset, int64_t n, bool has_grad) {
+    const AdamWTensor& t = tensor_;
+    float* p = stage(t.param_dtype, t.param, offset, n, blocks_[0]);
+    const float* g = has_grad ? stage(t.grad_dtype, t.grad, offset, n, blocks_[1]) : nullptr;
+    float* m = stage(t.moment_dtype, t.exp_avg, state_offset, n, blocks_[2]);
+    float* v = stage(t.moment_dtype, t.exp_avg_sq, state_offset, n, blocks_[3]);
+    float* vmax = stage(t.moment_dtype, t.max_exp_avg_sq, state_offset, n, blocks_[4]);
+    kernels_.adamw_f32(c32_, p, g, m, v, vmax, n);
+    unstage(t.param_dtype, t.param, offset, n, p);
+    unstage(t.moment_dtype, t.exp_avg, state_offset, n, m);
+    unstage(t.moment_dtype, t.exp_avg_sq, state_offset, n, v);
+    unstage(t.moment_dtype, t.max_exp_avg_sq, state_offset, n, vmax);
+  }
+
+  const CpuKernels& kernels_;
+  const AdamWTensor& tensor_;
+  const AdamWGroup& group_;
+  const double grad_scale_;
+  double age_ = -1.0;
+  AdamWCoefficients<float> c32_;
+  AdamWCoefficients<double> c64_;
+  alignas(64) float blocks_[5][kBlock];
+};
+
+// Without rows or ages every element has the same coefficients.
+bool is_flat(const AdamWTensor& t) { return t.rows == nullptr && t.ages == nullptr; }
+
+// zero_grad visits every row, freeze only the selected ones.
+int64_t rows_to_visit(const AdamWTensor& t, const AdamWGroup& group) {
+  return t.rows == nullptr || group.zero_grad ? t.num_rows : t.num_selected;
+}
+
+void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& update) {
+  const AdamWTensor& t = *chunk.tensor;
+  const bool all = t.rows == nullptr || group.zero_grad;
+  const int32_t* next = t.rows;  // zero_grad: the first selected row not yet passed
+  const int32_t* last = t.rows == nullptr ? nullptr : t.rows + t.num_selected;
+  if (t.rows != nullptr && group.zero_grad) next = std::lower_bound(next, last, chunk.begin);
+
+  // Neighbouring rows of equal age go as one span.
+  int64_t span_row = 0, span_state = 0, span_rows = 0;
+  double span_age = 0.0;
+  bool span_grad = true;
+  const auto flush = [&] {
+    if (span_rows == 0) return;
+    update(span_row * t.row_len, span_state * t.row_len, span_rows * t.row_len, span_age, span_grad);
+    span_rows = 0;
+  };
+  for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+    const int64_t row = all ? i : t.rows[i];
+    const int64_t state_row = t.compact ? i : row;
+    bool has_grad = true;
+    if (t.rows != nullptr && group.zero_grad) {
+      has_grad = next != last && *next == row;
+      if (has_grad) ++next;
+    }
+    const double age = t.ages != nullptr ? ++t.ages[state_row] : *t.step;
+    const bool joins = span_rows > 0 && row == span_row + span_rows && age == span_age &&
+                       has_grad == span_grad;
+    if (!joins) {
+      flush();
+      span_row = row, span_state = state_row, span_age = age, span_grad = has_grad;
+    }
+    ++span_rows;
+  }
+  flush();
+}
+
+}  // namespace
+
+void masked_adamw_cpu(const std::vector<AdamWTensor>& tensors, const std::vector<AdamWGroup>& groups,
+                      double grad_scale, int threads, const std::string& isa) {
+  const CpuKernels& kernels = cpu_kernels(isa);
+  std::vector<Chunk> chunks;
+  int64_t elements = 0;
+  for (const AdamWTensor& t : tensors) {
+    *t.step += 1.0f;
+    const bool flat = is_flat(t);
+    const int64_t length = flat ? t.num_rows * t.row_len : rows_to_visit(t, groups[t.group]);
+    const int64_t chunk = flat ? kChunkElements : std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, t.row_len));
+    for (int64_t begin = 0; begin < length; begin += chunk) {
+      chunks.push_back({&t, begin, std::min(length, begin + chunk)});
+    }
+    elements += flat ? length : length * t.row_len;
+  }
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  threads = static_cast<int>(std::min<int64_t>(threads, 1 + elements / kChunkElements));
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; ++i) {
+    const Chunk& chunk = chunks[i];
+    const AdamWTensor& t = *chunk.tensor;
+    SpanUpdater update(kernels, t, groups[t.group], grad_scale);
+    if (is_flat(t)) {
+      update(chunk.begin, chunk.begin, chunk.end - chunk.begin, *t.step, true);
+    } else {
+      update_rows(chunk, groups[t.group], update);
+    }
+  }
+}
+
+}  // namespace longact
