@@ -11,25 +11,53 @@
 namespace longact {
 namespace {
 
+// Each stream is asked for this much ahead, across the gap to the next row: measured best of 0.5 to
+// 4 KB, and faster than the processor's own prefetching even on one long run (docs/architecture.md).
+constexpr int64_t kPrefetchBytes = 1536;
+constexpr int64_t kLineBytes = 64;
+
+// Past the end of a buffer this is harmless. Non-temporal: nothing is used twice in a step.
+template <typename T>
+inline void prefetch(const T* base, int64_t offset) {
+  const auto address = reinterpret_cast<uintptr_t>(base) + offset * static_cast<int64_t>(sizeof(T));
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 0);
+}
+
 template <typename T, bool kZeroGrad, bool kAmsgrad>
 void adamw_loop(const AdamWCoefficients<T>& coefficients, T* __restrict p, const T* __restrict g,
-                T* __restrict m, T* __restrict v, T* __restrict vmax, int64_t n) {
-  const AdamWCoefficients<T> c = coefficients;
-  for (int64_t i = 0; i < n; ++i) {
+                T* __restrict m, T* __restrict v, T* __restrict vmax, int64_t n, int64_t ahead,
+                int64_t state_ahead) {
+  const AdamWCoefficients<T> c = coefficients;  // a copy that the stores below cannot alias
+  const auto update = [&](int64_t i) {
     adamw_element<T, kZeroGrad, kAmsgrad>(c, p[i], kZeroGrad ? nullptr : g + i, m[i], v[i],
                                           kAmsgrad ? vmax + i : nullptr);
+  };
+  constexpr int64_t kWidth = kLineBytes / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kDistance = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t distance = n < kDistance ? n : kDistance;
+  const int64_t tail = n - distance;
+  const int64_t tail_shift = ahead == 0 ? 0 : ahead - tail;
+  const int64_t tail_state_shift = ahead == 0 ? 0 : state_ahead - tail;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const int64_t shift = i < tail ? distance : tail_shift;
+    const int64_t state_shift = i < tail ? distance : tail_state_shift;
+    prefetch(p, i + shift);
+    if (!kZeroGrad) prefetch(g, i + shift);
+    prefetch(m, i + state_shift);
+    prefetch(v, i + state_shift);
+    if (kAmsgrad) prefetch(vmax, i + state_shift);
+    for (int64_t j = i; j < i + kWidth; ++j) update(j);
   }
+  for (; i < n; ++i) update(i);
 }
 
 template <typename T>
-void adamw(const AdamWCoefficients<T>& c, T* p, const T* g, T* m, T* v, T* vmax, int64_t n) {
-  if (g != nullptr) {
-    vmax != nullptr ? adamw_loop<T, false, true>(c, p, g, m, v, vmax, n)
-                    : adamw_loop<T, false, false>(c, p, g, m, v, vmax, n);
-  } else {
-    vmax != nullptr ? adamw_loop<T, true, true>(c, p, g, m, v, vmax, n)
-                    : adamw_loop<T, true, false>(c, p, g, m, v, vmax, n);
-  }
+void adamw(const AdamWCoefficients<T>& c, T* p, const T* g, T* m, T* v, T* vmax, int64_t n,
+           int64_t ahead, int64_t state_ahead) {
+  const auto loop = g != nullptr ? (vmax != nullptr ? adamw_loop<T, false, true> : adamw_loop<T, false, false>)
+                                 : (vmax != nullptr ? adamw_loop<T, true, true> : adamw_loop<T, true, false>);
+  loop(c, p, g, m, v, vmax, n, ahead, state_ahead);
 }
 
 void load(DType dtype, const void* from, float* __restrict to, int64_t n) {

@@ -16,11 +16,13 @@ enum class Metric : int32_t { kMeanAbs = 0, kRms = 1, kMaxAbs = 2 };
 struct CpuKernels {
   const char* name;
 
-  // Updates n consecutive elements; grad null: a gradient of zero; vmax null: no amsgrad.
+  // Updates n consecutive elements; grad null: a gradient of zero; vmax null: no amsgrad. The elements
+  // that come next lie `ahead` elements further in p and g and `state_ahead` further in the moments
+  // (0: nothing comes next): rows picked from a matrix defeat the processor's own prefetching.
   void (*adamw_f32)(const AdamWCoefficients<float>&, float* p, const float* g, float* m, float* v,
-                    float* vmax, int64_t n);
+                    float* vmax, int64_t n, int64_t ahead, int64_t state_ahead);
   void (*adamw_f64)(const AdamWCoefficients<double>&, double* p, const double* g, double* m, double* v,
-                    double* vmax, int64_t n);
+                    double* vmax, int64_t n, int64_t ahead, int64_t state_ahead);
 
   // bf16 and fp16 to fp32 and back.
   void (*load)(DType dtype, const void* from, float* to, int64_t n);

@@ -15,18 +15,27 @@ struct Chunk {
   int64_t begin, end;
 };
 
-constexpr int64_t kChunkElements = 32768;  // four fp32 streams of it fit a core's L2 cache
+constexpr int64_t kChunkElements = 65536;  // enough rows in a row, and small enough to balance threads
 constexpr int64_t kBlock = 1024;           // staged in L1 where a buffer is not of the compute type
 
-// Consecutive elements of one tensor that share their coefficients.
+// Consecutive rows that share age and presence of a gradient.
+struct Span {
+  int64_t row, state_row, rows;
+  double age;
+  bool has_grad;
+};
+
+// Updates consecutive elements of one tensor.
 class SpanUpdater {
  public:
   SpanUpdater(const CpuKernels& kernels, const AdamWTensor& tensor, const AdamWGroup& group,
               double grad_scale)
       : kernels_(kernels), tensor_(tensor), group_(group), grad_scale_(grad_scale) {}
 
-  // `offset`: the first element in the parameter, `state_offset`: the same in the moments.
-  void operator()(int64_t offset, int64_t state_offset, int64_t n, double age, bool has_grad) {
+  // `offset`: the first element in the parameter, `state_offset`: the same in the moments; `ahead` and
+  // `state_ahead`: how much further the next call's elements lie, or 0.
+  void operator()(int64_t offset, int64_t state_offset, int64_t n, double age, bool has_grad,
+                  int64_t ahead, int64_t state_ahead) {
     const AdamWTensor& t = tensor_;
     const bool is_double = t.param_dtype == DType::kFloat64;
     if (age != age_) {
@@ -41,13 +50,18 @@ class SpanUpdater {
       kernels_.adamw_f64(c64_, at<double>(t.param, offset),
                          has_grad ? at<const double>(t.grad, offset) : nullptr,
                          at<double>(t.exp_avg, state_offset), at<double>(t.exp_avg_sq, state_offset),
-                         at<double>(t.max_exp_avg_sq, state_offset), n);
+                         at<double>(t.max_exp_avg_sq, state_offset), n, ahead, state_ahead);
       return;
     }
-    for (int64_t done = 0; done < n;) {
-      const int64_t size = staged() ? std::min(kBlock, n - done) : n;
-      update_block(offset + done, state_offset + done, size, has_grad);
-      done += size;
+    if (!staged()) {
+      kernels_.adamw_f32(c32_, at<float>(t.param, offset),
+                         has_grad ? at<const float>(t.grad, offset) : nullptr,
+                         at<float>(t.exp_avg, state_offset), at<float>(t.exp_avg_sq, state_offset),
+                         at<float>(t.max_exp_avg_sq, state_offset), n, ahead, state_ahead);
+      return;
+    }
+    for (int64_t done = 0; done < n; done += kBlock) {
+      update_block(offset + done, state_offset + done, std::min(kBlock, n - done), has_grad);
     }
   }
 
@@ -86,7 +100,7 @@ class SpanUpdater {
     float* m = stage(t.moment_dtype, t.exp_avg, state_offset, n, blocks_[2]);
     float* v = stage(t.moment_dtype, t.exp_avg_sq, state_offset, n, blocks_[3]);
     float* vmax = stage(t.moment_dtype, t.max_exp_avg_sq, state_offset, n, blocks_[4]);
-    kernels_.adamw_f32(c32_, p, g, m, v, vmax, n);
+    kernels_.adamw_f32(c32_, p, g, m, v, vmax, n, 0, 0);
     unstage(t.param_dtype, t.param, offset, n, p);
     unstage(t.moment_dtype, t.exp_avg, state_offset, n, m);
     unstage(t.moment_dtype, t.exp_avg_sq, state_offset, n, v);
@@ -118,15 +132,8 @@ void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& updat
   const int32_t* last = t.rows == nullptr ? nullptr : t.rows + t.num_selected;
   if (t.rows != nullptr && group.zero_grad) next = std::lower_bound(next, last, chunk.begin);
 
-  // Neighbouring rows of equal age go as one span.
-  int64_t span_row = 0, span_state = 0, span_rows = 0;
-  double span_age = 0.0;
-  bool span_grad = true;
-  const auto flush = [&] {
-    if (span_rows == 0) return;
-    update(span_row * t.row_len, span_state * t.row_len, span_rows * t.row_len, span_age, span_grad);
-    span_rows = 0;
-  };
+  std::vector<Span> spans;
+  spans.reserve(chunk.end - chunk.begin);
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
     const int64_t row = all ? i : t.rows[i];
     const int64_t state_row = t.compact ? i : row;
@@ -136,15 +143,22 @@ void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& updat
       if (has_grad) ++next;
     }
     const double age = t.ages != nullptr ? ++t.ages[state_row] : *t.step;
-    const bool joins = span_rows > 0 && row == span_row + span_rows && age == span_age &&
-                       has_grad == span_grad;
-    if (!joins) {
-      flush();
-      span_row = row, span_state = state_row, span_age = age, span_grad = has_grad;
+    if (!spans.empty()) {
+      Span& span = spans.back();
+      if (row == span.row + span.rows && age == span.age && has_grad == span.has_grad) {
+        ++span.rows;
+        continue;
+      }
     }
-    ++span_rows;
+    spans.push_back({row, state_row, 1, age, has_grad});
   }
-  flush();
+  for (size_t i = 0; i < spans.size(); ++i) {
+    const Span& span = spans[i];
+    const Span& following = spans[std::min(i + 1, spans.size() - 1)];
+    update(span.row * t.row_len, span.state_row * t.row_len, span.rows * t.row_len, span.age,
+           span.has_grad, (following.row - span.row) * t.row_len,
+           (following.state_row - span.state_row) * t.row_len);
+  }
 }
 
 }  // namespace
@@ -172,7 +186,7 @@ void masked_adamw_cpu(const std::vector<AdamWTensor>& tensors, const std::vector
     const AdamWTensor& t = *chunk.tensor;
     SpanUpdater update(kernels, t, groups[t.group], grad_scale);
     if (is_flat(t)) {
-      update(chunk.begin, chunk.begin, chunk.end - chunk.begin, *t.step, true);
+      update(chunk.begin, chunk.begin, chunk.end - chunk.begin, *t.step, true, 0, 0);
     } else {
       update_rows(chunk, groups[t.group], update);
     }
