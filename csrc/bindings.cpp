@@ -31,6 +31,7 @@ class AdamWTable {
  public:
   void resize(size_t size) { tensors_.resize(size); }
   size_t size() const { return tensors_.size(); }
+  void clear(size_t index) { tensors_.at(index) = {}; }
 
   void set(size_t index, Address param, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq,
            Address step, Address ages, Address rows, int64_t num_selected, int64_t num_rows,
@@ -108,7 +109,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   py::class_<AdamWTable>(m, "AdamWTable")
       .def(py::init<>())
       .def("__len__", &AdamWTable::size)
-      .def("resize", &AdamWTable::resize)
+      .def("resize", &AdamWTable::resize, py::arg("size"))
+      .def("clear", &AdamWTable::clear, py::arg("index"))
       .def("set", &AdamWTable::set, py::arg("index"), py::arg("param"), py::arg("exp_avg"),
            py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"), py::arg("step"), py::arg("ages"),
            py::arg("rows"), py::arg("num_selected"), py::arg("num_rows"), py::arg("row_len"),

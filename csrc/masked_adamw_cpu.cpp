@@ -118,30 +118,27 @@ class SpanUpdater {
 };
 
 // Without rows or ages every element has the same coefficients.
-bool is_flat(const AdamWTensor& t) { return t.rows == nullptr && t.ages == nullptr; }
+bool is_flat(const AdamWTensor& t) { return t.all_selected() && t.ages == nullptr; }
 
 // zero_grad visits every row, freeze only the selected ones.
 int64_t rows_to_visit(const AdamWTensor& t, const AdamWGroup& group) {
-  return t.rows == nullptr || group.zero_grad ? t.num_rows : t.num_selected;
+  return t.all_selected() || group.zero_grad ? t.num_rows : t.num_selected;
 }
 
 void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& update) {
   const AdamWTensor& t = *chunk.tensor;
-  const bool all = t.rows == nullptr || group.zero_grad;
-  const int32_t* next = t.rows;  // zero_grad: the first selected row not yet passed
-  const int32_t* last = t.rows == nullptr ? nullptr : t.rows + t.num_selected;
-  if (t.rows != nullptr && group.zero_grad) next = std::lower_bound(next, last, chunk.begin);
+  const bool every_row = t.all_selected() || group.zero_grad;
+  const bool zeros = !t.all_selected() && group.zero_grad;
+  const int32_t* last = zeros ? t.rows + t.num_selected : nullptr;
+  const int32_t* next = zeros ? std::lower_bound(t.rows, last, chunk.begin) : nullptr;  // not yet passed
 
   std::vector<Span> spans;
   spans.reserve(chunk.end - chunk.begin);
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-    const int64_t row = all ? i : t.rows[i];
+    const int64_t row = every_row ? i : t.rows[i];
     const int64_t state_row = t.compact ? i : row;
-    bool has_grad = true;
-    if (t.rows != nullptr && group.zero_grad) {
-      has_grad = next != last && *next == row;
-      if (has_grad) ++next;
-    }
+    const bool has_grad = !zeros || (next != last && *next == row);
+    if (zeros && has_grad) ++next;
     const double age = t.ages != nullptr ? ++t.ages[state_row] : *t.step;
     if (!spans.empty()) {
       Span& span = spans.back();
@@ -169,6 +166,7 @@ void masked_adamw_cpu(const std::vector<AdamWTensor>& tensors, const std::vector
   std::vector<Chunk> chunks;
   int64_t elements = 0;
   for (const AdamWTensor& t : tensors) {
+    if (t.param == nullptr) continue;
     *t.step += 1.0f;
     const bool flat = is_flat(t);
     const int64_t length = flat ? t.num_rows * t.row_len : rows_to_visit(t, groups[t.group]);

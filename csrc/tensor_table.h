@@ -14,7 +14,7 @@ struct AdamWGroup {
   bool zero_grad;  // inactive="zero_grad": unselected rows are updated with a gradient of zero
 };
 
-// One parameter, seen as `num_rows` contiguous rows of `row_len` elements. The gradient has the same
+// One parameter (a null `param`: none, the entry is skipped), seen as `num_rows` contiguous rows of `row_len` elements. The gradient has the same
 // layout; so have the moments, or, if `compact`, they hold one row for each selected row.
 struct AdamWTensor {
   void* param;
@@ -24,13 +24,15 @@ struct AdamWTensor {
   void* max_exp_avg_sq;  // null without amsgrad
   float* step;           // updates of this parameter so far
   int32_t* ages;         // updates of each row so far, indexed like the rows of the moments; or null
-  const int32_t* rows;   // selected rows, ascending; null: all
-  int64_t num_selected;
+  const int32_t* rows;   // selected rows, ascending
+  int64_t num_selected;  // length of rows; negative: all rows are selected
   int64_t num_rows;
   int64_t row_len;
   int32_t group;
   DType param_dtype, grad_dtype, moment_dtype;
   bool compact;
+
+  bool all_selected() const { return num_selected < 0; }
 };
 
 }  // namespace longact

@@ -1,0 +1,99 @@
+"""`channel_magnitude`: how large each channel of a projection's output is over its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longact.backends import DTYPE_CODES, native
+
+#: Metric to its code in the native core (csrc/cpu_kernels.h).
+METRICS: dict[str, int] = {"mean_abs": 0, "rms": 1, "max_abs": 2}
+
+
+def reference(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
+    magnitude = y.float().abs()
+    if token_mask is not None:
+        magnitude = magnitude[token_mask != 0]
+    if metric == "mean_abs":
+        return magnitude.sum(0)
+    if metric == "rms":
+        return magnitude.square().sum(0)
+    if magnitude.shape[0] == 0:
+        return magnitude.new_zeros(magnitude.shape[1])
+    return magnitude.amax(0)
+
+
+def native_cpu(y: Tensor, token_mask: Tensor | None, metric: str, isa: str = "") -> Tensor:
+    assert native is not None
+    if y.stride(1) != 1:
+        y = y.contiguous()
+    if token_mask is not None:
+        token_mask = token_mask.to(torch.bool).contiguous()
+    total = torch.zeros(y.shape[1], dtype=torch.float32)
+    native.channel_magnitude(
+        METRICS[metric],
+        DTYPE_CODES[y.dtype],
+        y.data_ptr(),
+        y.stride(0),
+        0 if token_mask is None else token_mask.data_ptr(),
+        y.shape[0],
+        y.shape[1],
+        total.data_ptr(),
+        torch.get_num_threads(),
+        isa,
+    )
+    return total
+
+
+def _dispatch(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
+    if native is not None and y.device.type == "cpu" and y.dtype in DTYPE_CODES:
+        return native_cpu(y, token_mask, metric)
+    return reference(y, token_mask, metric)
+
+
+@torch.library.custom_op("longact::channel_magnitude", mutates_args=())
+def _op(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
+    _check(y, token_mask, metric)
+    return _dispatch(y, token_mask, metric)
+
+
+@_op.register_fake
+def _fake(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
+    _check(y, token_mask, metric)
+    return y.new_empty(y.shape[1], dtype=torch.float32)
+
+
+def _check(y: Tensor, token_mask: Tensor | None, metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}: use one of {', '.join(METRICS)}")
+    if y.dim() != 2 or not y.is_floating_point():
+        raise ValueError(f"y must be a floating [tokens, channels] tensor, got {y.dtype} {[*y.shape]}")
+    if token_mask is None:
+        return
+    if token_mask.shape != y.shape[:1] or token_mask.device != y.device:
+        raise ValueError(
+            f"token_mask must have shape [{y.shape[0]}] on {y.device}, one value for each token of y, "
+            f"got {[*token_mask.shape]} on {token_mask.device}"
+        )
+
+
+def channel_magnitude(y: Tensor, token_mask: Tensor | None = None, metric: str = "mean_abs") -> Tensor:
+    """Totals from which a channel's magnitude follows, over the counted tokens.
+
+    Args:
+        y: `[tokens, channels]`, any floating dtype; the output of a projection.
+        token_mask: `[tokens]`, a token counts where it is not 0; None counts every token.
+        metric: `"mean_abs"` gives sum|y|, `"rms"` sum y^2, `"max_abs"` max|y|. Totals of several calls
+            add up (max_abs: take the maximum).
+
+    Returns:
+        fp32 `[channels]` on y's device. No gradient flows through it.
+
+    Raises:
+        ValueError: an unknown metric, or shapes or devices that do not fit.
+    """
+    if torch.compiler.is_compiling():
+        return _op(y, token_mask, metric)
+    _check(y, token_mask, metric)
+    return _dispatch(y, token_mask, metric)

@@ -1,0 +1,201 @@
+"""`SalientLinear`: a linear layer whose weight gradient is computed for its selected rows only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longact.kernels import row_grad
+from longact.selection import Selection, attach, selection_of
+
+__all__ = ["SalientLinear"]
+
+
+class CountedForward:
+    """Says which forwards count, and which of their tokens.
+
+    Its hooks stand on the module whose forward sees the attention mask. What counts is decided there,
+    once for a whole forward: in training mode with gradients enabled. A layer that activation
+    checkpointing runs again in the backward runs outside of that forward, and so is not counted twice;
+    the reentrant kind's first run, without gradients inside a forward with them, is counted.
+    """
+
+    def __init__(self, mask_position: int | None) -> None:
+        self.mask_position = mask_position  # of attention_mask among the forward's arguments
+        self.active = False
+        self.mask: Tensor | None = None
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.active = module.training and torch.is_grad_enabled()
+        mask = kwargs.get("attention_mask")
+        if mask is None and self.mask_position is not None and self.mask_position < len(args):
+            mask = args[self.mask_position]
+        # 4-D masks say who attends to whom, not which tokens are padding: every token counts then.
+        is_token_mask = self.active and isinstance(mask, Tensor) and mask.dim() == 2
+        self.mask = mask if is_token_mask else None
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.active = False
+        self.mask = None
+
+    def token_mask(self, y: Tensor) -> Tensor | None:
+        """The mask `[tokens]` for an output `[batch, sequence, channels]` of this forward."""
+        mask = self.mask
+        if mask is None:
+            return None
+        if y.dim() == 3 and mask.shape[0] == y.shape[0] and mask.shape[1] > y.shape[1]:
+            mask = mask[:, -y.shape[1] :]  # with a key/value cache the mask covers earlier tokens too
+        if mask.numel() != y.numel() // y.shape[-1]:
+            raise ValueError(
+                f"attention_mask has shape {[*mask.shape]}, which does not fit a projection's output of "
+                f"shape {[*y.shape]}: longact cannot tell which tokens are padding"
+            )
+        return (mask != 0).flatten()
+
+
+class _RowGradLinear(torch.autograd.Function):
+    """Gives `y = input weight^T + bias`, computed already, its backward: `rows` of the weight only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, y: Tensor
+    ) -> Tensor:
+        # rows stays off save_for_backward: activation checkpointing compares what both runs save.
+        ctx.save_for_backward(input, weight)
+        ctx.rows = rows
+        ctx.has_bias = bias is not None
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight = ctx.saved_tensors
+        rows: Tensor = ctx.rows
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_input = grad_weight = grad_bias = None
+        if needs_input:
+            grad_input = grad_output @ weight
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if needs_weight:
+            compact = row_grad(flat, input.reshape(-1, input.shape[-1]), rows)
+            grad_weight = torch.zeros_like(weight).index_copy(0, rows, compact)
+        if ctx.has_bias and needs_bias:
+            selected = flat.index_select(1, rows).sum(0)
+            grad_bias = selected.new_zeros(flat.shape[1]).index_copy(0, rows, selected)
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+class SalientLinear(nn.Linear):
+    """`nn.Linear` that trains only its selected output channels.
+
+    Same constructor, parameters, `state_dict` and outputs as `nn.Linear`. With a selection the backward
+    computes `weight.grad` and `bias.grad` for the selected rows alone; the other rows are exactly zero.
+    The gradient of the input is the full one. `longact.apply` puts these in place and chooses the rows
+    from the activations; `longact.set_rows(layer.weight, rows)` chooses them by hand. (LongAct,
+    arXiv 2604.14922.)
+    """
+
+    selection: Selection
+    counted: CountedForward | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.counted = None
+        self._attach(Selection())
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, selection: Selection | None = None) -> SalientLinear:
+        """A SalientLinear that shares everything of `linear`: parameters, hooks, training mode.
+
+        Without a `selection` given, one that `longact.set_rows` hung on the weight stays.
+
+        Raises:
+            TypeError: `linear` is not a plain `nn.Linear` (LoRA-wrapped, quantized, ...).
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"linear is a {type(linear).__module__}.{type(linear).__name__}: only a plain "
+                "torch.nn.Linear can become a SalientLinear"
+            )
+        salient = cls.__new__(cls)
+        salient.__dict__.update(linear.__dict__)
+        salient.counted = None
+        salient._attach(selection or selection_of(linear.weight) or Selection())
+        return salient
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The selected rows, int32 ascending; None: all."""
+        return self.selection.rows
+
+    def _attach(self, selection: Selection) -> None:
+        self.selection = selection
+        for param in (self.weight, self.bias):
+            if param is not None:
+                attach(param, selection)
+
+    # A parameter that is replaced (load_state_dict(assign=True), sharding) or copied with the module
+    # (copy.deepcopy, pickle) must carry the selection on.
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None and "selection" in self.__dict__:
+            attach(param, self.selection)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._attach(self.selection)
+
+    def forward(self, input: Tensor) -> Tensor:
+        selection, counted = self.selection, self.counted
+        counts = counted is not None and counted.active
+        by_forward = (
+            counts and selection.config is not None and selection.config.refresh_every == "forward"
+        )
+        if by_forward and not torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{selection.name}: refresh_every='forward' does not work with reentrant activation "
+                "checkpointing, which forgets which rows a forward selected: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or refresh_every=1"
+            )
+        rows = selection.rows
+        if not by_forward and (
+            rows is None or not (torch.is_grad_enabled() and self.weight.requires_grad)
+        ):
+            y = F.linear(input, self.weight, self.bias)
+            if counts:
+                self._observe(y)
+            return y
+
+        weight, bias = self.weight, self.bias
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast reaches F.linear but not a custom backward: cast as it would, double excepted.
+            dtype = torch.get_autocast_dtype(device)
+            input, weight, bias = (
+                t if t is None or t.dtype == torch.float64 else t.to(dtype)
+                for t in (input, weight, bias)
+            )
+        with torch.no_grad():
+            y = F.linear(input, weight, bias)
+            if counts:
+                totals = self._observe(y)
+                if by_forward:
+                    rows = selection.select_for_forward(totals)
+        if rows is not None and rows.device != y.device:
+            rows = rows.to(y.device)
+        return _RowGradLinear.apply(input, weight, bias, rows, y)  # type: ignore[no-any-return]
+
+    def _observe(self, y: Tensor) -> Tensor:
+        assert self.counted is not None
+        with torch.no_grad():
+            mask = self.counted.token_mask(y)
+            return self.selection.observe(y.detach().reshape(-1, y.shape[-1]), mask)

@@ -1,0 +1,411 @@
+"""`FusedMaskedAdam`: torch.optim.AdamW that updates only selected rows, and does it in one fused call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from longact import selection as _selection
+from longact.backends import native, native_error
+from longact.kernels.masked_adamw import (
+    AdamWGroup,
+    NativeTable,
+    ParamUpdate,
+    dispatch,
+    reference,
+)
+from longact.selection import Selection, selection_of
+
+__all__ = ["FusedMaskedAdam"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class _Verbatim:
+    """A parameter's loaded state, opaque to Optimizer.load_state_dict, which would cast fp32 moments
+    and ages to the parameter's dtype."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class FusedMaskedAdam(Optimizer):
+    r"""Drop-in replacement of :class:`torch.optim.AdamW` with row-masked updates.
+
+    A parameter without a selection is updated as AdamW does. Of one with a selection (from
+    :func:`longact.apply` or :func:`longact.set_rows`) only the selected rows change, each with its own
+    age for the bias correction; the gradient of the other rows is not read. All parameters go in one
+    native call, where the native core supports them (contiguous, fp32, bf16, fp16 or fp64); moments of
+    bf16 and fp16 parameters are fp32. The formulas are in docs/algorithm.md.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in AdamW; `lr` may be a tensor.
+        foreach, fused: accepted and without effect: there is one implementation, which is fused.
+        capturable: accepted; there are no CUDA kernels to capture yet.
+        differentiable: not supported, True is refused.
+        inactive: `"freeze"` (default): unselected rows keep every bit of weight, moments and age.
+            `"zero_grad"`: they are updated with a gradient of zero (weight decay and momentum go on),
+            the paper's masked gradient followed by plain AdamW. An option of each param_group.
+        state: `"full"` (default): moments in the parameter's shape, checkpoints interchangeable with
+            AdamW both ways. `"compact"`: moments of the selected rows only, keep_ratio of the memory;
+            rows that leave the selection lose their moments, rows that enter start at age 0.
+        backend: None chooses; `"native"` or `"reference"` forces, and raises where it cannot run.
+
+    Raises:
+        ValueError: an argument out of range, or `state="compact"` with `inactive="zero_grad"`.
+        RuntimeError: `backend="native"` without a native build.
+    """
+
+    # GradScaler then hands `grad_scale` and `found_inf` over instead of unscaling first.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        inactive: Literal["freeze", "zero_grad"] = "freeze",
+        state: Literal["full", "compact"] = "full",
+        backend: Literal["native", "reference"] | None = None,
+    ) -> None:
+        if state not in ("full", "compact"):
+            raise ValueError(f"state={state!r}: use 'full' or 'compact'")
+        if backend not in (None, "native", "reference"):
+            raise ValueError(f"backend={backend!r}: use None, 'native' or 'reference'")
+        if backend == "native" and native is None:
+            raise RuntimeError(f"backend='native' cannot run here: {native_error}")
+        self._compact = state == "compact"
+        self._backend = backend
+        self._table: NativeTable | None = None
+        defaults = {
+            "lr": lr,
+            "betas": tuple(float(b) for b in betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,  # as AdamW's groups have it, for its checkpoints
+            "inactive": inactive,
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr, betas = group["lr"], group["betas"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {[*lr.shape]}: it must have one element")
+        # A tensor on a GPU is not looked at: that would wait for the device.
+        if not (isinstance(lr, Tensor) and not lr.is_cpu) and not float(lr) >= 0.0:
+            raise ValueError(f"lr={lr}: must be at least 0")
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"eps={group['eps']}: must be at least 0")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"weight_decay={group['weight_decay']}: must be at least 0")
+        if len(betas) != 2 or not all(0.0 <= b < 1.0 for b in betas):
+            raise ValueError(f"betas={betas}: both must lie in [0, 1)")
+        if group["differentiable"]:
+            raise ValueError(
+                "differentiable=True: the fused update works in place and outside of autograd; use "
+                "torch.optim.AdamW to differentiate through an optimizer step"
+            )
+        if group["inactive"] not in ("freeze", "zero_grad"):
+            raise ValueError(f"inactive={group['inactive']!r}: use 'freeze' or 'zero_grad'")
+        if self._compact and group["inactive"] == "zero_grad":
+            raise ValueError(
+                "state='compact' keeps no moments of unselected rows, which inactive='zero_grad' "
+                "updates: use state='full', or inactive='freeze'"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "betas" in param_group:
+            param_group["betas"] = tuple(float(b) for b in param_group["betas"])
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    # ---- step -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update. Returns the closure's loss, if there is one.
+
+        A step that fails for bad input, or that GradScaler's `found_inf` skips, changes nothing.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+            ValueError: a gradient or state that does not fit its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        pairs = self._parameters_with_grad()
+        if not pairs or (found_inf is not None and float(found_inf) != 0.0):
+            return loss
+
+        # Weight and bias of a projection share one selection.
+        selections = list({id(s): s for _, _, s, _ in pairs if s is not None}.values())
+        _selection.before_step(selections)
+        updates = [self._prepare(*pair) for pair in pairs]
+        groups = [
+            AdamWGroup(
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                group["maximize"],
+                group["inactive"] == "zero_grad",
+            )
+            for group in self.param_groups
+        ]
+        scale = 1.0 if grad_scale is None else grad_scale
+        if self._backend == "reference":
+            for update in updates:
+                reference(update, groups[update[-1]], scale)
+        else:
+            if self._table is None and native is not None:
+                self._table = NativeTable()
+            dispatch(updates, groups, scale, self._table)
+        _selection.after_step(selections)
+        return loss
+
+    def _parameters_with_grad(self) -> list[tuple[Tensor, Tensor, Selection | None, int]]:
+        """(parameter, gradient, selection, group index), checked before anything changes."""
+        pairs = [
+            (param, grad, selection_of(param), index)
+            for index, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if (grad := param.grad) is not None
+        ]
+        for param, grad, _, _ in pairs:
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{self._name_of(param)} has a gradient of layout {grad.layout}: FusedMaskedAdam "
+                    "does not support sparse gradients; use torch.optim.SparseAdam for it, or "
+                    "nn.Embedding(sparse=False)"
+                )
+        return pairs
+
+    def _name_of(self, param: Tensor) -> str:
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if p is param:
+                    names = group.get("param_names")
+                    return names[position] if names else f"parameter {position} of group {index}"
+        return "a parameter"
+
+    def _prepare(
+        self, param: Tensor, grad: Tensor, selection: Selection | None, index: int
+    ) -> ParamUpdate:
+        """State made to fit this step's selection, and everything the update needs."""
+        group = self.param_groups[index]
+        state = self.state[param]
+        rows = None if selection is None else selection.rows
+        if rows is not None and rows.device != param.device:
+            assert selection is not None
+            rows = selection.rows = rows.to(param.device)
+        if not state:
+            self._init_state(param, state, rows)
+        if self._compact and (rows is not None or "moment_rows" in state):
+            _remap_compact(param, state, rows)
+        if rows is not None and "ages" not in state and group["inactive"] == "freeze":
+            state["ages"] = _row_ages(param, state)
+        max_exp_avg_sq = None
+        if group["amsgrad"]:
+            if "max_exp_avg_sq" not in state:
+                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+            max_exp_avg_sq = state["max_exp_avg_sq"]
+        update = (
+            param, grad, state["exp_avg"], state["exp_avg_sq"], max_exp_avg_sq,
+            state["step"], state.get("ages"), rows, index,
+        )  # fmt: skip
+        return _as_real(update) if param.dtype.is_complex else update
+
+    def _init_state(self, param: Tensor, state: dict[str, Any], rows: Tensor | None) -> None:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        like = param
+        if self._compact and rows is not None:
+            like = param.new_empty((rows.numel(), *param.shape[1:]))
+            state["moment_rows"] = rows
+        dtype = _moment_dtype(param)
+        state["exp_avg"] = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+
+    # ---- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state dict; parameters with a selection also have `rows` and `ages` (and
+        `moment_rows` in compact state: the rows that their moments belong to)."""
+        state_dict = super().state_dict()
+        position = 0
+        seen: set[int] = set()
+        for group in self.param_groups:
+            for param in group["params"]:
+                selection = selection_of(param)
+                if id(param) not in seen and selection is not None and selection.rows is not None:
+                    if position in state_dict["state"]:
+                        entry = state_dict["state"][position]
+                        state_dict["state"][position] = {**entry, "rows": selection.rows}
+                seen.add(id(param))
+                position += 1
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class, of AdamW or of Adam; restores selections and ages bit for bit.
+
+        Moments keep their precision: fp32 moments of a bf16 parameter are not rounded. Full and compact
+        states convert into each other; hyperparameters come from the checkpoint, `state` stays.
+
+        Raises:
+            ValueError: parameter groups, shapes or rows that do not fit; nothing is changed then.
+        """
+        # Registered now to run after the user's own hooks, on what they made of the dict.
+        hook = self.register_load_state_dict_pre_hook(FusedMaskedAdam._convert)  # type: ignore[arg-type]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _convert(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            return state_dict  # super() says what is wrong
+        for group in saved_groups:
+            self._check_group({**self.defaults, **group})
+        ids = [i for g in saved_groups for i in g["params"]]
+        params = dict(zip(ids, (p for g in self.param_groups for p in g["params"]), strict=True))
+        converted = {}
+        rows: list[tuple[Tensor, Tensor]] = []
+        for key, entry in state_dict["state"].items():
+            if key not in params:
+                converted[key] = entry
+                continue
+            param = params[key]
+            entry = dict(entry)
+            selected = entry.pop("rows", None)
+            try:
+                converted[key] = _Verbatim(_fit_state(param, entry, self._compact))
+                if selected is not None:
+                    selected = selected.to(param.device, torch.int32)
+                    _selection.check_rows(selected, param)
+                    rows.append((param, selected))
+            except ValueError as error:
+                raise ValueError(f"state of {self._name_of(param)}: {error}") from None
+        for param, selected in rows:
+            _selection.set_rows(param, selected)
+        return {**state_dict, "state": converted}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compact": self._compact, "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._table = None
+        for param, entry in self.state.items():
+            if isinstance(entry, _Verbatim):
+                self.state[param] = entry.state
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            group["betas"] = tuple(float(b) for b in group["betas"])
+
+
+def _as_real(update: ParamUpdate) -> ParamUpdate:
+    """A complex parameter is a real one with a last dimension of 2, as AdamW has it."""
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, index = update
+    view = torch.view_as_real
+    maximum = None if max_exp_avg_sq is None else view(max_exp_avg_sq)
+    grad = view(grad.resolve_conj())
+    return view(param), grad, view(exp_avg), view(exp_avg_sq), maximum, step, ages, rows, index
+
+
+def _moment_dtype(param: Tensor) -> torch.dtype:
+    """fp32 moments for 16-bit parameters, else the parameter's own type."""
+    return torch.float32 if param.dtype in (torch.bfloat16, torch.float16) else param.dtype
+
+
+def _row_ages(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """Ages of a parameter that was dense so far: every row is as old as it."""
+    ages: Tensor = state["step"].to(param.device, torch.int32)
+    return ages.expand(state["exp_avg"].shape[0]).clone()
+
+
+def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) -> None:
+    """Compact moments follow the selection: rows that stay keep moments and age, rows that enter start
+    at zero, rows that leave are dropped."""
+    old: Tensor | None = state.pop("moment_rows", None)
+    if rows is not None:
+        state["moment_rows"] = rows
+    if old is rows:
+        return
+    state.setdefault("ages", _row_ages(param, state))
+    num_rows = param.shape[0]
+    position = torch.arange(num_rows, device=param.device)  # of each row among the old moments, or -1
+    if old is not None:
+        position = torch.full_like(position, -1).index_copy_(0, old.long(), position[: old.numel()])
+    if rows is not None:
+        position = position[rows.long()]
+    stays = (position >= 0).nonzero().squeeze(1)
+    for key in (*_MOMENTS, "ages"):
+        if key in state:
+            kept = state[key].index_select(0, position[stays])
+            moved = kept.new_zeros((position.numel(), *kept.shape[1:]))
+            state[key] = moved.index_copy_(0, stays, kept)
+
+
+def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str, Any]:
+    """A loaded state on the parameter's device, checked, in this class's own form."""
+    device = param.device
+    state: dict[str, Any] = {}
+    step = entry.pop("step", None)
+    if step is None:
+        raise ValueError("has no 'step': it is not a state of Adam or AdamW")
+    state["step"] = torch.as_tensor(step, dtype=torch.float32).to(device, copy=True).reshape(())
+    moment_rows = entry.pop("moment_rows", None)
+    like = torch.empty_like(param, dtype=_moment_dtype(param))
+    if moment_rows is not None:
+        moment_rows = moment_rows.to(device, torch.int32, copy=True)
+        _selection.check_rows(moment_rows, param)
+        like = like.new_empty((moment_rows.numel(), *param.shape[1:]))
+    for key in _MOMENTS:
+        value = entry.pop(key, None)
+        if value is None:
+            if key != "max_exp_avg_sq":
+                raise ValueError(f"has no {key!r}: it is not a state of Adam or AdamW")
+            continue
+        if value.shape != like.shape or value.is_complex() != like.is_complex():
+            raise ValueError(
+                f"{key} is {value.dtype} {[*value.shape]}, the parameter needs {like.dtype} "
+                f"{[*like.shape]}: the checkpoint belongs to another model"
+            )
+        state[key] = torch.empty_like(like).copy_(value)
+    ages = entry.pop("ages", None)
+    if ages is not None:
+        if ages.shape != like.shape[:1]:
+            raise ValueError(f"ages has shape {[*ages.shape]}, the moments {[*like.shape]}")
+        state["ages"] = ages.to(device, torch.int32, copy=True)
+    if moment_rows is not None:
+        state["moment_rows"] = moment_rows
+        if not compact:
+            _remap_compact(param, state, None)
+    return {**state, **entry}

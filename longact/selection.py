@@ -1,0 +1,323 @@
+"""Which rows are trained, and how they are chosen from what the forwards counted.
+
+A `Selection` belongs to one projection (or to one parameter, set by hand) and hangs on its parameters;
+`longact.FusedMaskedAdam` reads it there. Data flows one way: `Selection.observe` counts activations,
+`before_step` and `after_step` turn them into rows at the step boundary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["LongActWarning", "get_rows", "set_rows"]
+
+_ATTRIBUTE = "_longact_selection"
+_INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+class LongActWarning(UserWarning):
+    """Something that training survives and its owner should know."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How rows are chosen; the arguments of `longact.apply`."""
+
+    keep_ratio: float = 0.3
+    metric: Literal["mean_abs", "rms", "max_abs"] = "mean_abs"
+    scope: Literal["layer", "head", "model"] = "layer"
+    refresh_every: int | Literal["forward"] = 1
+
+    def __post_init__(self) -> None:
+        ratio = self.keep_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
+            raise ValueError(f"keep_ratio={ratio!r}: must lie in (0, 1]; 0.3 trains 30 % of the rows")
+        if self.metric not in ("mean_abs", "rms", "max_abs"):
+            raise ValueError(f"metric={self.metric!r}: use 'mean_abs', 'rms' or 'max_abs'")
+        if self.scope not in ("layer", "head", "model"):
+            raise ValueError(f"scope={self.scope!r}: use 'layer', 'head' or 'model'")
+        every = self.refresh_every
+        if every != "forward" and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
+            raise ValueError(
+                f"refresh_every={every!r}: use a number of optimizer steps, 0 to select once, or 'forward'"
+            )
+        if every == "forward" and self.scope == "model":
+            raise ValueError(
+                "refresh_every='forward' selects inside each projection's own forward, where the other "
+                "projections are not known yet: use scope='layer' or 'head'"
+            )
+
+    def count(self, channels: int) -> int:
+        """k of n channels: `max(1, floor(keep_ratio * n + 0.5))`."""
+        return max(1, int(self.keep_ratio * channels + 0.5))
+
+
+@dataclass
+class Selection:
+    """The selected rows of one projection's weight and bias, and what the next choice is made from."""
+
+    rows: Tensor | None = None  # int32, ascending; None: all
+    config: SelectionConfig | None = None  # None: rows are set by hand only
+    name: str = ""
+    kind: str = ""  # projections of one kind (q, k) are ranked together by scope="model"
+    head_dim: int = 0
+    magnitude: Tensor | None = None  # fp32 [channels]: totals since the last refresh
+    tokens: Tensor | None = None  # int64: counted tokens since the last refresh
+    steps: int = 0  # optimizer steps since the last refresh
+    warned: bool = False
+    # refresh_every="forward": channels selected by any forward since the last step; bool [channels]
+    union: Tensor | None = None
+    union_is_new: bool = field(default=True)
+
+    def observe(self, y: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Counts one forward's output `[tokens, channels]`; returns its totals, fp32 `[channels]`."""
+        from longact.kernels import channel_magnitude
+
+        assert self.config is not None
+        totals = channel_magnitude(y, token_mask, self.config.metric)
+        tokens = y.shape[0] if token_mask is None else (token_mask != 0).sum()
+        if self.magnitude is None or self.tokens is None or self.magnitude.device != y.device:
+            self._move(y.shape[1], y.device)
+            assert self.magnitude is not None and self.tokens is not None
+        if self.config.metric == "max_abs":
+            torch.maximum(self.magnitude, totals, out=self.magnitude)
+        else:
+            self.magnitude.add_(totals)
+        self.tokens.add_(tokens)
+        return totals
+
+    def _move(self, channels: int, device: torch.device) -> None:
+        """Puts the totals on the device that the activations are on."""
+        if self.magnitude is None or self.tokens is None:
+            self.magnitude = torch.zeros(channels, dtype=torch.float32, device=device)
+            self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        else:
+            self.magnitude, self.tokens = self.magnitude.to(device), self.tokens.to(device)
+
+    def select_for_forward(self, totals: Tensor) -> Tensor:
+        """Rows of one forward from its own totals, which join the union that the step updates."""
+        # Compiled code cannot look at values; NaN counts as large there.
+        finite = torch.compiler.is_compiling() or _is_finite(self, totals)
+        rows = _top_rows(self, totals) if finite or self.rows is None else self.rows
+        if self.union is None or self.union_is_new or self.union.device != totals.device:
+            self.union = torch.zeros(totals.shape[0], dtype=torch.bool, device=totals.device)
+            self.union_is_new = False
+        self.union.index_fill_(0, rows.long(), True)
+        return rows
+
+    def forget(self) -> None:
+        """Starts counting afresh."""
+        if self.magnitude is not None and self.tokens is not None:
+            self.magnitude.zero_()
+            self.tokens.zero_()
+
+
+def selection_of(param: Tensor) -> Selection | None:
+    # Not getattr: raising and catching an AttributeError takes longer than the rest of a small step.
+    selection: Selection | None = param.__dict__.get(_ATTRIBUTE)
+    return selection
+
+
+def attach(param: Tensor, selection: Selection | None) -> None:
+    if selection is not None:
+        setattr(param, _ATTRIBUTE, selection)
+    elif hasattr(param, _ATTRIBUTE):
+        delattr(param, _ATTRIBUTE)
+
+
+def check_rows(rows: Tensor, param: Tensor) -> None:
+    """Raises ValueError unless `rows` are ascending, distinct row indices of `param` on its device."""
+    if param.dim() == 0:
+        raise ValueError("param has no rows: it is 0-dimensional")
+    if rows.dtype == torch.bool:
+        raise ValueError("rows is a bool mask: pass the indices, mask.nonzero().squeeze(1)")
+    if rows.dtype not in _INDEX_DTYPES:
+        raise ValueError(f"rows has dtype {rows.dtype}: pass integer row indices (int32)")
+    if rows.dim() != 1:
+        raise ValueError(f"rows has shape {[*rows.shape]}: pass a 1-dimensional list of row indices")
+    if rows.device != param.device:
+        raise ValueError(
+            f"rows is on {rows.device} and param on {param.device}: pass rows.to({str(param.device)!r})"
+        )
+    if rows.numel() == 0:
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= param.shape[0]:
+        raise ValueError(
+            f"rows has index {low if low < 0 else high}: param has rows 0 to {param.shape[0] - 1}"
+        )
+    steps = rows[1:].long() - rows[:-1].long()
+    if bool((steps <= 0).any()):
+        at = int((steps <= 0).nonzero()[0])
+        what = "twice" if int(steps[at]) == 0 else f"before {int(rows[at + 1])}"
+        raise ValueError(
+            f"rows has {int(rows[at])} {what}: pass ascending distinct indices, torch.unique(rows)"
+        )
+
+
+def set_rows(param: Tensor, rows: Tensor | Sequence[int] | None) -> None:
+    """Selects by hand the rows of `param` that `longact.FusedMaskedAdam` updates.
+
+    The selection holds until it is set again; of a projection under `longact.apply`, until the next
+    refresh, and for its bias too. It hangs on this very tensor: `copy.deepcopy(param)` has none.
+
+    Args:
+        param: a parameter with at least one dimension; row r is `param[r]`.
+        rows: ascending distinct integers `[k]` on param's device, or a list of int; empty: no row is
+            updated; None: all rows are.
+
+    Raises:
+        ValueError: no rows to select from, or indices of another type, device, order or range.
+    """
+    if not isinstance(param, Tensor):
+        raise TypeError(f"param must be a tensor, got {type(param).__name__}")
+    if rows is not None:
+        if not isinstance(rows, Tensor):
+            rows = _as_tensor(rows, param.device)
+        check_rows(rows, param)
+        rows = rows.to(torch.int32, copy=True).contiguous()
+    selection = selection_of(param)
+    if selection is None:
+        if rows is None:
+            return
+        selection = Selection()
+        attach(param, selection)
+    selection.rows = rows
+
+
+def _as_tensor(rows: Sequence[int], device: torch.device) -> Tensor:
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        raise ValueError(f"rows={rows!r}: pass a tensor or a list of row indices")
+    values = list(rows)
+    bad = [r for r in values if isinstance(r, bool) or not hasattr(r, "__index__")]
+    if bad:
+        raise ValueError(f"rows holds {bad[0]!r}: pass integer row indices")
+    return torch.tensor([int(r) for r in values], dtype=torch.int64, device=device)
+
+
+def get_rows(param: Tensor) -> Tensor | None:
+    """The selected rows of `param`, int32 ascending, or None where all rows are trained."""
+    selection = selection_of(param)
+    return None if selection is None else selection.rows
+
+
+def _top_rows(selection: Selection, magnitude: Tensor) -> Tensor:
+    """Rows of one projection by its own channels: scope "layer" or "head"."""
+    from longact.kernels import topk_rows
+
+    config = selection.config
+    assert config is not None
+    if config.scope == "head":
+        heads = magnitude.view(-1, selection.head_dim)
+        rows = topk_rows(heads, config.count(selection.head_dim))
+        offsets = torch.arange(heads.shape[0], dtype=torch.int32, device=rows.device)
+        return (rows + offsets[:, None] * selection.head_dim).flatten()
+    return topk_rows(magnitude, config.count(magnitude.shape[0]))
+
+
+def refresh(selections: Iterable[Selection]) -> None:
+    """Chooses rows anew from what was counted since the last refresh, and starts counting afresh.
+
+    A selection that counted nothing keeps its rows; so does one with a non-finite magnitude, with one
+    warning that names it (scope="model": so do all of its kind).
+    """
+    counted: list[Selection] = []
+    groups: dict[str, list[tuple[Selection, Tensor]]] = {}
+    spoiled: set[str] = set()
+    for selection in selections:
+        config, total, tokens = selection.config, selection.magnitude, selection.tokens
+        if config is None or total is None or tokens is None or int(tokens) == 0:
+            continue
+        counted.append(selection)
+        magnitude = total if config.metric == "max_abs" else total / tokens
+        if config.metric == "rms":
+            magnitude = magnitude.sqrt()
+        group = selection.kind if config.scope == "model" else selection.name
+        groups.setdefault(group, []).append((selection, magnitude))
+        if not _is_finite(selection, magnitude):
+            spoiled.add(group)
+    for group, members in groups.items():
+        if group in spoiled:
+            continue
+        config = members[0][0].config
+        assert config is not None
+        if config.scope == "model":
+            _select_over_model(members, config)
+        else:
+            for selection, magnitude in members:
+                _choose(selection, _top_rows(selection, magnitude))
+    for selection in counted:
+        selection.forget()
+
+
+def _is_finite(selection: Selection, magnitude: Tensor) -> bool:
+    """Whether rows can be chosen by it; warns once for each selection where not."""
+    if bool(torch.isfinite(magnitude).all()):
+        return True
+    if not selection.warned:
+        selection.warned = True
+        warnings.warn(
+            f"{selection.name}: non-finite activations; its previous selection stays. Look for inf or "
+            "NaN in the forward, or for too large a loss scale",
+            LongActWarning,
+            stacklevel=3,
+        )
+    return False
+
+
+def _select_over_model(members: list[tuple[Selection, Tensor]], config: SelectionConfig) -> None:
+    from longact.kernels import topk_rows
+
+    channels = [magnitude.shape[0] for _, magnitude in members]
+    device = members[0][1].device
+    together = torch.cat([magnitude.to(device) for _, magnitude in members])
+    chosen = topk_rows(together, config.count(together.shape[0]))
+    start = 0
+    for (selection, magnitude), count in zip(members, channels, strict=True):
+        mine = chosen[(chosen >= start) & (chosen < start + count)] - start
+        _choose(selection, mine.to(magnitude.device))
+        start += count
+
+
+def _choose(selection: Selection, rows: Tensor) -> None:
+    # An unchanged selection keeps its tensor, and with it the native table and the compact moments.
+    old = selection.rows
+    if old is None or old.shape != rows.shape or old.device != rows.device or not torch.equal(old, rows):
+        selection.rows = rows
+
+
+def before_step(selections: Iterable[Selection]) -> None:
+    """The step boundary, before the update: the first selection, or the union of the forwards'."""
+    first = []
+    for selection in selections:
+        if selection.config is None:
+            continue
+        if selection.config.refresh_every == "forward":
+            if selection.union is not None and not selection.union_is_new:
+                rows = selection.union.nonzero().squeeze(1).to(torch.int32)
+                _choose(selection, rows)
+                selection.union_is_new = True
+                selection.forget()
+        elif selection.rows is None:
+            first.append(selection)
+    refresh(first)
+
+
+def after_step(selections: Iterable[Selection]) -> None:
+    """The step boundary, after the update: every `refresh_every` steps, rows for the next ones."""
+    due = []
+    for selection in selections:
+        every = None if selection.config is None else selection.config.refresh_every
+        if every is None or every == "forward" or every == 0:
+            continue
+        selection.steps += 1
+        if selection.steps >= int(every):
+            selection.steps = 0
+            due.append(selection)
+    refresh(due)
