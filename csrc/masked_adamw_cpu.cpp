@@ -166,7 +166,7 @@ void masked_adamw_cpu(const std::vector<AdamWTensor>& tensors, const std::vector
   std::vector<Chunk> chunks;
   int64_t elements = 0;
   for (const AdamWTensor& t : tensors) {
-    if (t.param == nullptr) continue;
+    if (t.step == nullptr) continue;
     *t.step += 1.0f;
     const bool flat = is_flat(t);
     const int64_t length = flat ? t.num_rows * t.row_len : rows_to_visit(t, groups[t.group]);

@@ -14,7 +14,7 @@ struct AdamWGroup {
   bool zero_grad;  // inactive="zero_grad": unselected rows are updated with a gradient of zero
 };
 
-// One parameter (a null `param`: none, the entry is skipped), seen as `num_rows` contiguous rows of `row_len` elements. The gradient has the same
+// One parameter (a null `step`: none, the entry is skipped), seen as `num_rows` contiguous rows of `row_len` elements. The gradient has the same
 // layout; so have the moments, or, if `compact`, they hold one row for each selected row.
 struct AdamWTensor {
   void* param;

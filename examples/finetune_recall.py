@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,7 +211,7 @@ class RowWatch:
 
 
 def train(
-    model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], watch: RowWatch | None
+    model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], watch: RowWatch | None
 ) -> tuple[list[float], list[float]]:
     """An ordinary training loop; returns the loss and the seconds of each step."""
     model.train()
@@ -299,7 +299,7 @@ def print_results(runs: Sequence[dict[str, Any]]) -> None:
         return f"{r['accuracy']:.3f} [{r['low']:.2f}, {r['high']:.2f}]"
 
     print(f"\n{'':32}" + "".join(f"{run['optimizer']:>24}" for run in runs))
-    for title, cell in {
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "held-out accuracy before": lambda run: accuracy(run["before"]),
         "held-out accuracy after": lambda run: accuracy(run["after"]),
         "held-out loss before": lambda run: f"{run['before']['loss']:.4f}",
@@ -308,7 +308,8 @@ def print_results(runs: Sequence[dict[str, Any]]) -> None:
         "seconds in all": lambda run: f"{run['seconds']:.0f}",
         "optimizer state, MB": lambda run: f"{run['optimizer_state_bytes'] / 1e6:.0f}",
         "peak memory of the process, MB": lambda run: f"{run['peak_bytes'] / 1e6:.0f}",
-    }.items():
+    }
+    for title, cell in lines.items():
         print(f"{title:<32}" + "".join(f"{cell(run):>24}" for run in runs))
 
 
@@ -351,7 +352,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         watch = RowWatch(handle)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    batches = training.batches(args.steps * args.batch_size, args.batch_size)
+    batches = list(training.batches(args.steps * args.batch_size, args.batch_size))
     losses, seconds = train(model, optimizer, batches, watch)
     result = {
         "optimizer": args.optimizer,

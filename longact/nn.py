@@ -72,7 +72,7 @@ class _RowGradLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input, weight = ctx.saved_tensors
-        rows: Tensor = ctx.rows
+        rows: Tensor = ctx.rows.long()  # index_copy wants int64
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if needs_input:

@@ -40,6 +40,7 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, _ = update
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     step.add_(1)
+    rows = None if rows is None else rows.long()  # index_copy_ wants int64
     every_row = rows is None or group.zero_grad
     compact = rows is not None and exp_avg.shape[0] != param.shape[0]
 
