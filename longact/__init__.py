@@ -1,7 +1,7 @@
 """Saliency-guided sparse updates for long-context LLM training (LongAct, arXiv 2604.14922).
 
-    handle = longact.apply(model, keep_ratio=0.3)
-    optimizer = longact.FusedMaskedAdam(model.parameters(), lr=1e-6)  # was torch.optim.AdamW
+handle = longact.apply(model, keep_ratio=0.3)
+optimizer = longact.FusedMaskedAdam(model.parameters(), lr=1e-6)  # was torch.optim.AdamW
 """
 
 from importlib.metadata import version as _version

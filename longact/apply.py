@@ -76,7 +76,9 @@ class LongAct:
         """
         saved = state_dict.get("projections")
         if not isinstance(saved, Mapping):
-            raise ValueError("state_dict has no 'projections': it was not saved by LongAct.state_dict()")
+            raise ValueError(
+                "state_dict has no 'projections': it was not saved by LongAct.state_dict()"
+            )
         if set(saved) != set(self.projections):
             missing = sorted(set(self.projections) - set(saved))
             unexpected = sorted(set(saved) - set(self.projections))
@@ -226,7 +228,9 @@ def _match(
             names = [
                 name
                 for name in modules
-                if name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
+                if name == target
+                or name.endswith("." + target)
+                or fnmatch.fnmatchcase(name, target)
             ]
         else:
             raise TypeError(f"targets holds {target!r}: pass module names, patterns or modules")
@@ -242,7 +246,9 @@ def _match(
     if not matched:
         raise ValueError("targets is empty: name the projections to train by salient rows")
     if "" in matched:
-        raise ValueError("targets matches the model itself: pass the module that holds the projections")
+        raise ValueError(
+            "targets matches the model itself: pass the module that holds the projections"
+        )
     return {name: matched[name] for name in modules if name in matched}
 
 
@@ -260,7 +266,9 @@ def _check_projections(model: nn.Module, matched: Mapping[str, nn.Module]) -> No
     for name, module in matched.items():
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if isinstance(module, SalientLinear):
-            raise ValueError(f"{name} is a SalientLinear already: call remove() on its handle first")
+            raise ValueError(
+                f"{name} is a SalientLinear already: call remove() on its handle first"
+            )
         if hasattr(module, "base_layer"):
             raise TypeError(
                 f"{name} is wrapped by an adapter ({kind}), which trains its own weights and not the "
@@ -306,5 +314,3 @@ def _inside(parent: nn.Module, module: nn.Module) -> bool:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-

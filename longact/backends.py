@@ -56,7 +56,9 @@ def backends() -> dict[str, dict[str, str]]:
         reason wherever it is not the fastest one that the op has.
     """
     if native is not None:
-        cpu = f"native ({native.instruction_sets()[0]}, {'OpenMP' if native.openmp else '1 thread'})"
+        cpu = (
+            f"native ({native.instruction_sets()[0]}, {'OpenMP' if native.openmp else '1 thread'})"
+        )
     else:
         cpu = f"reference: {native_error}"
     cuda = f"reference: no CUDA kernels in longact {importlib.metadata.version('longact')}"

@@ -47,7 +47,9 @@ class CountedForward:
         if mask is None:
             return None
         if y.dim() == 3 and mask.shape[0] == y.shape[0] and mask.shape[1] > y.shape[1]:
-            mask = mask[:, -y.shape[1] :]  # with a key/value cache the mask covers earlier tokens too
+            mask = mask[
+                :, -y.shape[1] :
+            ]  # with a key/value cache the mask covers earlier tokens too
         if mask.numel() != y.numel() // y.shape[-1]:
             raise ValueError(
                 f"attention_mask has shape {[*mask.shape]}, which does not fit a projection's output of "

@@ -288,7 +288,9 @@ class FusedMaskedAdam(Optimizer):
 
     def _convert(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved_groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+        if [len(g["params"]) for g in saved_groups] != [
+            len(g["params"]) for g in self.param_groups
+        ]:
             return state_dict  # super() says what is wrong
         for group in saved_groups:
             self._check_group({**self.defaults, **group})
@@ -360,7 +362,9 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
         return
     state.setdefault("ages", _row_ages(param, state))
     num_rows = param.shape[0]
-    position = torch.arange(num_rows, device=param.device)  # of each row among the old moments, or -1
+    position = torch.arange(
+        num_rows, device=param.device
+    )  # of each row among the old moments, or -1
     if old is not None:
         position = torch.full_like(position, -1).index_copy_(0, old.long(), position[: old.numel()])
     if rows is not None:

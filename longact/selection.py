@@ -37,13 +37,17 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         ratio = self.keep_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
-            raise ValueError(f"keep_ratio={ratio!r}: must lie in (0, 1]; 0.3 trains 30 % of the rows")
+            raise ValueError(
+                f"keep_ratio={ratio!r}: must lie in (0, 1]; 0.3 trains 30 % of the rows"
+            )
         if self.metric not in ("mean_abs", "rms", "max_abs"):
             raise ValueError(f"metric={self.metric!r}: use 'mean_abs', 'rms' or 'max_abs'")
         if self.scope not in ("layer", "head", "model"):
             raise ValueError(f"scope={self.scope!r}: use 'layer', 'head' or 'model'")
         every = self.refresh_every
-        if every != "forward" and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
+        if every != "forward" and (
+            isinstance(every, bool) or not isinstance(every, int) or every < 0
+        ):
             raise ValueError(
                 f"refresh_every={every!r}: use a number of optimizer steps, 0 to select once, or 'forward'"
             )
@@ -140,7 +144,9 @@ def check_rows(rows: Tensor, param: Tensor) -> None:
     if rows.dtype not in _INDEX_DTYPES:
         raise ValueError(f"rows has dtype {rows.dtype}: pass integer row indices (int32)")
     if rows.dim() != 1:
-        raise ValueError(f"rows has shape {[*rows.shape]}: pass a 1-dimensional list of row indices")
+        raise ValueError(
+            f"rows has shape {[*rows.shape]}: pass a 1-dimensional list of row indices"
+        )
     if rows.device != param.device:
         raise ValueError(
             f"rows is on {rows.device} and param on {param.device}: pass rows.to({str(param.device)!r})"
@@ -288,7 +294,12 @@ def _select_over_model(members: list[tuple[Selection, Tensor]], config: Selectio
 def _choose(selection: Selection, rows: Tensor) -> None:
     # An unchanged selection keeps its tensor, and with it the native table and the compact moments.
     old = selection.rows
-    if old is None or old.shape != rows.shape or old.device != rows.device or not torch.equal(old, rows):
+    if (
+        old is None
+        or old.shape != rows.shape
+        or old.device != rows.device
+        or not torch.equal(old, rows)
+    ):
         selection.rows = rows
 
 

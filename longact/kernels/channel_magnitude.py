@@ -68,7 +68,9 @@ def _check(y: Tensor, token_mask: Tensor | None, metric: str) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r}: use one of {', '.join(METRICS)}")
     if y.dim() != 2 or not y.is_floating_point():
-        raise ValueError(f"y must be a floating [tokens, channels] tensor, got {y.dtype} {[*y.shape]}")
+        raise ValueError(
+            f"y must be a floating [tokens, channels] tensor, got {y.dtype} {[*y.shape]}"
+        )
     if token_mask is None:
         return
     if token_mask.shape != y.shape[:1] or token_mask.device != y.device:
@@ -78,7 +80,9 @@ def _check(y: Tensor, token_mask: Tensor | None, metric: str) -> None:
         )
 
 
-def channel_magnitude(y: Tensor, token_mask: Tensor | None = None, metric: str = "mean_abs") -> Tensor:
+def channel_magnitude(
+    y: Tensor, token_mask: Tensor | None = None, metric: str = "mean_abs"
+) -> Tensor:
     """Totals from which a channel's magnitude follows, over the counted tokens.
 
     Args:

@@ -85,7 +85,11 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
         v = torch.maximum(take_state(max_exp_avg_sq).to(compute), v)
         put_state(max_exp_avg_sq, v)
     p = take(param).to(compute)
-    put(param, p * (1.0 - group.lr * group.weight_decay) - step_size * m / (v.sqrt() * inv_sqrt_bias2 + group.eps))
+    put(
+        param,
+        p * (1.0 - group.lr * group.weight_decay)
+        - step_size * m / (v.sqrt() * inv_sqrt_bias2 + group.eps),
+    )
 
 
 def native_supports(update: ParamUpdate) -> bool:
@@ -300,9 +304,7 @@ def _op(
     zero_grad: bool = False,
     grad_scale: float = 1.0,
 ) -> None:
-    updates = _updates(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, ages, rows
-    )
+    updates = _updates(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, ages, rows)
     for param, selected in zip(params, rows, strict=True):
         if selected is not None:
             check_rows(selected, param)
