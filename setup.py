@@ -1,7 +1,7 @@
 """Builds the native core with CMake; all metadata is in pyproject.toml.
 
-LONGACT_CUDA=auto (default): CUDA kernels where nvcc is found, else CPU only; a build that fails leaves
-an install that runs on the PyTorch reference paths and says why (`python -m longact`).
+LONGACT_CUDA=auto (default): CUDA kernels where nvcc is found, else CPU only; a build that fails
+leaves an install that runs on the PyTorch reference paths and says why (`python -m longact`).
 LONGACT_CUDA=0: CPU only. LONGACT_CUDA=1: CUDA kernels, or a failed install.
 """
 
@@ -40,7 +40,7 @@ def cuda_plan(mode: str) -> tuple[bool, str]:
     return False, f"CPU-only build: {line}"
 
 
-class CMakeBuild(build_ext):
+class CMakeBuild(build_ext):  # type: ignore[misc]
     """One CMake build for the one extension module."""
 
     def build_extension(self, ext: Extension) -> None:

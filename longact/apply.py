@@ -72,7 +72,8 @@ class LongAct:
         """Restores what `state_dict` saved, bit for bit.
 
         Raises:
-            ValueError: projections, shapes or rows that do not fit this model; nothing is changed then.
+            ValueError: projections, shapes or rows that do not fit this model; nothing is changed
+            then.
         """
         saved = state_dict.get("projections")
         if not isinstance(saved, Mapping):
@@ -94,8 +95,8 @@ class LongAct:
                 raise ValueError(f"state_dict of {name}: {error}") from None
             if magnitude is not None and tuple(magnitude.shape) != (layer.out_features,):
                 raise ValueError(
-                    f"state_dict of {name}: magnitude has shape {[*magnitude.shape]}, the projection "
-                    f"has {layer.out_features} channels"
+                    f"state_dict of {name}: magnitude has shape {[*magnitude.shape]}, the "
+                    f"projection has {layer.out_features} channels"
                 )
         for name, layer in self.projections.items():
             selection, device = layer.selection, layer.weight.device
@@ -143,36 +144,39 @@ def apply(
     scope: Literal["layer", "head", "model"] = "layer",
     refresh_every: int | Literal["forward"] = 1,
 ) -> LongAct:
-    """Makes a model train only the salient rows of its query and key projections (arXiv 2604.14922).
+    """Makes a model train only the salient rows of its query and key projections.
 
     Each matched `nn.Linear` becomes a `longact.nn.SalientLinear`, in place, on this model alone.
     Training forwards then count activation magnitudes, padding left out, and
     `longact.FusedMaskedAdam` selects rows at its steps and updates only those. Everything else is
-    trained as before; outputs and `state_dict` do not change.
+    trained as before; outputs and `state_dict` do not change. (LongAct, arXiv 2604.14922.)
 
     Args:
         model: a transformers model of a supported architecture, or any module with `targets`.
         keep_ratio: share of the channels to train, in (0, 1].
-        targets: None: the q and k projections of the recognised architecture. Else modules, or names:
-            a qualified name, its end (`"q_proj"`, `"self_attn.k_proj"`), or a pattern with `*`.
+        targets: None: the q and k projections of the recognised architecture. Else modules, or
+            names: a qualified name, its end (`"q_proj"`, `"self_attn.k_proj"`), or a pattern with
+            `*`.
         metric: `"mean_abs"`, `"rms"` or `"max_abs"` of a channel's output over the counted tokens.
         scope: rank the channels of one projection (`"layer"`), of each head (`"head"`), or of all
             projections of the same kind (`"model"`).
-        refresh_every: optimizer steps between selections; 0: select once and keep; `"forward"`: each
-            training forward selects for its own backward, and the step updates their union.
+        refresh_every: optimizer steps between selections; 0: select once and keep; `"forward"`:
+            each training forward selects for its own backward, and the step updates their union.
 
     Returns:
         The handle: `.projections`, `.rows`, `.refresh()`, `.state_dict()`, `.remove()`.
 
     Raises:
-        ValueError: an argument out of range, an unknown architecture, nothing matched, or a shared weight.
+        ValueError: an argument out of range, an unknown architecture, nothing matched, or a shared
+        weight.
         TypeError: a matched module that is not a plain `nn.Linear` (LoRA-wrapped, quantized).
     """
     config = SelectionConfig(keep_ratio, metric, scope, refresh_every)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    matched = _match(model, _targets_of(model) if targets is None else targets)
-    _check_projections(model, matched)
+    matched = _check_projections(
+        model, _match(model, _targets_of(model) if targets is None else targets)
+    )
     head_dim = _head_dim(model, matched) if scope == "head" else 0
 
     decoder = getattr(model, "base_model", model)  # transformers: the part that holds the layers
@@ -208,8 +212,8 @@ def _targets_of(model: nn.Module) -> tuple[str, ...]:
         return ARCHITECTURES[model_type]
     what = f"architecture {model_type!r}" if model_type else f"model {type(model).__name__}"
     raise ValueError(
-        f"{what} is not recognised: supported are {', '.join(sorted(ARCHITECTURES))}. For another one "
-        "name its query and key projections: longact.apply(model, targets=['q_proj', 'k_proj'])"
+        f"{what} is not recognised: supported are {', '.join(sorted(ARCHITECTURES))}. For another "
+        "one name its query and key projections: longact.apply(model, targets=['q_proj', 'k_proj'])"
     )
 
 
@@ -239,8 +243,8 @@ def _match(
                 {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear)}
             )
             raise ValueError(
-                f"targets: nothing in {type(model).__name__} matches {target!r}; its linear layers are "
-                f"named {', '.join(linears) or '(none)'}"
+                f"targets: nothing in {type(model).__name__} matches {target!r}; its linear layers "
+                f"are named {', '.join(linears) or '(none)'}"
             )
         matched.update((name, modules[name]) for name in names)
     if not matched:
@@ -252,7 +256,9 @@ def _match(
     return {name: matched[name] for name in modules if name in matched}
 
 
-def _check_projections(model: nn.Module, matched: Mapping[str, nn.Module]) -> None:
+def _check_projections(model: nn.Module, matched: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+    """The matched modules, each a plain linear layer with a weight of its own."""
+    projections: dict[str, nn.Linear] = {}
     owners: dict[int, str] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for key, param in module.named_parameters(recurse=False):
@@ -260,8 +266,9 @@ def _check_projections(model: nn.Module, matched: Mapping[str, nn.Module]) -> No
             other = owners.setdefault(id(param), owner)
             if other != owner and (module_name in matched or other.rpartition(".")[0] in matched):
                 raise ValueError(
-                    f"{owner} and {other} are the same parameter (tied weights): rows salient for one "
-                    "would be trained for the other too. Untie them, or leave them out of targets"
+                    f"{owner} and {other} are the same parameter (tied weights): rows salient for "
+                    "one would be trained for the other too. Untie them, or leave them out of "
+                    "targets"
                 )
     for name, module in matched.items():
         kind = f"{type(module).__module__}.{type(module).__name__}"
@@ -271,38 +278,43 @@ def _check_projections(model: nn.Module, matched: Mapping[str, nn.Module]) -> No
             )
         if hasattr(module, "base_layer"):
             raise TypeError(
-                f"{name} is wrapped by an adapter ({kind}), which trains its own weights and not the "
-                "projection's: merge it first (peft: model.merge_and_unload()) or train without it"
+                f"{name} is wrapped by an adapter ({kind}), which trains its own weights and not "
+                "the projection's: merge it first (peft: model.merge_and_unload()), or train "
+                "without it"
             )
         if type(module) is not nn.Linear:
             raise TypeError(
-                f"{name} is a {kind}, not a plain torch.nn.Linear: rows of a quantized or otherwise "
-                "special projection cannot be trained; load the model unquantized, in bfloat16 say"
+                f"{name} is a {kind}, not a plain torch.nn.Linear: rows of a quantized or "
+                "otherwise special projection cannot be trained; load the model unquantized, in "
+                "bfloat16 say"
             )
         if not module.weight.is_floating_point():
             raise TypeError(f"{name}.weight is {module.weight.dtype}: load the model unquantized")
         if "forward" in module.__dict__:
             raise TypeError(
-                f"{name}.forward was replaced (accelerate's device_map offloading does that): load the "
-                "model on one device, or call accelerate.hooks.remove_hook_from_submodules(model)"
+                f"{name}.forward was replaced (accelerate's device_map offloading does that): load "
+                "the model on one device, or call "
+                "accelerate.hooks.remove_hook_from_submodules(model)"
             )
+        projections[name] = module
+    return projections
 
 
-def _head_dim(model: nn.Module, matched: Mapping[str, nn.Module]) -> int:
-    config = getattr(model, "config", None)
+def _head_dim(model: nn.Module, matched: Mapping[str, nn.Linear]) -> int:
+    config: Any = getattr(model, "config", None)
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None and hasattr(config, "num_attention_heads"):
         head_dim = config.hidden_size // config.num_attention_heads
     if head_dim is None:
         raise ValueError(
-            "scope='head' needs the model's head dimension: give the model a `config` with `head_dim`, "
-            "or use scope='layer'"
+            "scope='head' needs the model's head dimension: give the model a `config` with "
+            "`head_dim`, or use scope='layer'"
         )
     for name, module in matched.items():
-        if module.out_features % head_dim:  # type: ignore[operator]
+        if module.out_features % head_dim:
             raise ValueError(
-                f"scope='head': {name} has {module.out_features} channels, not a multiple of the head "
-                f"dimension {head_dim}"
+                f"scope='head': {name} has {module.out_features} channels, not a multiple of the "
+                f"head dimension {head_dim}"
             )
     return int(head_dim)
 

@@ -1,7 +1,7 @@
 """What each op runs on here, and why: the native build, Triton, or the PyTorch reference.
 
-Each op's own file in `longact/kernels` holds its dispatch; this file holds what they share: the native
-module, or the reason for its absence.
+Each op's own file in `longact/kernels` holds its dispatch; this file holds what they share: the
+native module, or the reason for its absence.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longact.kernels import row_grad
+from longact.kernels.row_grad import row_grad
 from longact.selection import Selection, attach, selection_of
 
 __all__ = ["SalientLinear"]
@@ -17,10 +17,11 @@ __all__ = ["SalientLinear"]
 class CountedForward:
     """Says which forwards count, and which of their tokens.
 
-    Its hooks stand on the module whose forward sees the attention mask. What counts is decided there,
+    Its hooks stand on the module whose forward sees the attention mask. What counts is decided
+    there,
     once for a whole forward: in training mode with gradients enabled. A layer that activation
-    checkpointing runs again in the backward runs outside of that forward, and so is not counted twice;
-    the reentrant kind's first run, without gradients inside a forward with them, is counted.
+    checkpointing runs again in the backward runs outside of that forward, and so is not counted
+    twice; the reentrant kind's first run, without gradients inside a forward with them, is counted.
     """
 
     def __init__(self, mask_position: int | None) -> None:
@@ -52,14 +53,14 @@ class CountedForward:
             ]  # with a key/value cache the mask covers earlier tokens too
         if mask.numel() != y.numel() // y.shape[-1]:
             raise ValueError(
-                f"attention_mask has shape {[*mask.shape]}, which does not fit a projection's output of "
-                f"shape {[*y.shape]}: longact cannot tell which tokens are padding"
+                f"attention_mask has shape {[*mask.shape]}, which does not fit a projection's "
+                f"output of shape {[*y.shape]}: longact cannot tell which tokens are padding"
             )
         return (mask != 0).flatten()
 
 
 class _RowGradLinear(torch.autograd.Function):
-    """Gives `y = input weight^T + bias`, computed already, its backward: `rows` of the weight only."""
+    """Gives `y = input weight^T + bias`, computed already, a backward for `rows` only."""
 
     @staticmethod
     def forward(
@@ -72,7 +73,8 @@ class _RowGradLinear(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
         input, weight = ctx.saved_tensors
         rows: Tensor = ctx.rows.long()  # index_copy wants int64
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -89,14 +91,18 @@ class _RowGradLinear(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None
 
 
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
 class SalientLinear(nn.Linear):
     """`nn.Linear` that trains only its selected output channels.
 
-    Same constructor, parameters, `state_dict` and outputs as `nn.Linear`. With a selection the backward
-    computes `weight.grad` and `bias.grad` for the selected rows alone; the other rows are exactly zero.
-    The gradient of the input is the full one. `longact.apply` puts these in place and chooses the rows
-    from the activations; `longact.set_rows(layer.weight, rows)` chooses them by hand. (LongAct,
-    arXiv 2604.14922.)
+    Same constructor, parameters, `state_dict` and outputs as `nn.Linear`. With a selection the
+    backward computes `weight.grad` and `bias.grad` for the selected rows alone; the other rows are
+    exactly zero. The gradient of the input is the full one. `longact.apply` puts these in place and
+    chooses the rows from the activations; `longact.set_rows(layer.weight, rows)` chooses them by
+    hand. (LongAct, arXiv 2604.14922.)
     """
 
     selection: Selection
@@ -145,15 +151,15 @@ class SalientLinear(nn.Linear):
             if param is not None:
                 attach(param, selection)
 
-    # A parameter that is replaced (load_state_dict(assign=True), sharding) or copied with the module
-    # (copy.deepcopy, pickle) must carry the selection on.
+    # A parameter that is replaced (load_state_dict(assign=True), sharding) or copied with the
+    # module (copy.deepcopy, pickle) must carry the selection on.
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         if param is not None and "selection" in self.__dict__:
             attach(param, self.selection)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach(self.selection)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -164,8 +170,8 @@ class SalientLinear(nn.Linear):
         )
         if by_forward and not torch.is_grad_enabled():
             raise NotImplementedError(
-                f"{selection.name}: refresh_every='forward' does not work with reentrant activation "
-                "checkpointing, which forgets which rows a forward selected: use "
+                f"{selection.name}: refresh_every='forward' does not work with reentrant "
+                "activation checkpointing, which forgets which rows a forward selected: use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or refresh_every=1"
             )
         rows = selection.rows
@@ -177,15 +183,15 @@ class SalientLinear(nn.Linear):
                 self._observe(y)
             return y
 
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         device = input.device.type
         if torch.is_autocast_enabled(device):
-            # Autocast reaches F.linear but not a custom backward: cast as it would, double excepted.
+            # Autocast reaches F.linear but not a custom backward: cast as it would, double
+            # excepted.
             dtype = torch.get_autocast_dtype(device)
-            input, weight, bias = (
-                t if t is None or t.dtype == torch.float64 else t.to(dtype)
-                for t in (input, weight, bias)
-            )
+            input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+            bias = None if bias is None else _autocast(bias, dtype)
         with torch.no_grad():
             y = F.linear(input, weight, bias)
             if counts:

@@ -1,8 +1,8 @@
-"""`FusedMaskedAdam`: torch.optim.AdamW that updates only selected rows, and does it in one fused call."""
+"""`FusedMaskedAdam`: torch.optim.AdamW that updates only selected rows, in one fused call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,8 +27,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class _Verbatim:
-    """A parameter's loaded state, opaque to Optimizer.load_state_dict, which would cast fp32 moments
-    and ages to the parameter's dtype."""
+    """A parameter's loaded state, opaque to Optimizer.load_state_dict.
+
+    That would cast fp32 moments and ages to the parameter's dtype.
+    """
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -38,10 +40,10 @@ class FusedMaskedAdam(Optimizer):
     r"""Drop-in replacement of :class:`torch.optim.AdamW` with row-masked updates.
 
     A parameter without a selection is updated as AdamW does. Of one with a selection (from
-    :func:`longact.apply` or :func:`longact.set_rows`) only the selected rows change, each with its own
-    age for the bias correction; the gradient of the other rows is not read. All parameters go in one
-    native call, where the native core supports them (contiguous, fp32, bf16, fp16 or fp64); moments of
-    bf16 and fp16 parameters are fp32. The formulas are in docs/algorithm.md.
+    :func:`longact.apply` or :func:`longact.set_rows`) only the selected rows change, each with its
+    own age for the bias correction; the gradient of the other rows is not read. All parameters go
+    in one native call, where the native core supports them (contiguous, fp32, bf16, fp16 or fp64);
+    moments of bf16 and fp16 parameters are fp32. The formulas are in docs/algorithm.md.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in AdamW; `lr` may be a tensor.
@@ -49,11 +51,12 @@ class FusedMaskedAdam(Optimizer):
         capturable: accepted; there are no CUDA kernels to capture yet.
         differentiable: not supported, True is refused.
         inactive: `"freeze"` (default): unselected rows keep every bit of weight, moments and age.
-            `"zero_grad"`: they are updated with a gradient of zero (weight decay and momentum go on),
-            the paper's masked gradient followed by plain AdamW. An option of each param_group.
-        state: `"full"` (default): moments in the parameter's shape, checkpoints interchangeable with
-            AdamW both ways. `"compact"`: moments of the selected rows only, keep_ratio of the memory;
-            rows that leave the selection lose their moments, rows that enter start at age 0.
+            `"zero_grad"`: they are updated with a gradient of zero (weight decay and momentum go
+            on), the paper's masked gradient followed by plain AdamW. An option of each param_group.
+        state: `"full"` (default): moments in the parameter's shape, checkpoints interchangeable
+            with AdamW both ways. `"compact"`: moments of the selected rows only, keep_ratio of the
+            memory; rows that leave the selection lose their moments, rows that enter start at age
+            0.
         backend: None chooses; `"native"` or `"reference"` forces, and raises where it cannot run.
 
     Raises:
@@ -140,10 +143,13 @@ class FusedMaskedAdam(Optimizer):
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    # ---- step -------------------------------------------------------------------------------------
+    # ---- step
+    # -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """One update. Returns the closure's loss, if there is one.
 
         A step that fails for bad input, or that GradScaler's `found_inf` skips, changes nothing.
@@ -170,7 +176,8 @@ class FusedMaskedAdam(Optimizer):
         groups = [
             AdamWGroup(
                 group["lr"],
-                *group["betas"],
+                group["betas"][0],
+                group["betas"][1],
                 group["eps"],
                 group["weight_decay"],
                 group["maximize"],
@@ -200,9 +207,9 @@ class FusedMaskedAdam(Optimizer):
         for param, grad, _, _ in pairs:
             if grad.layout is not torch.strided:
                 raise RuntimeError(
-                    f"{self._name_of(param)} has a gradient of layout {grad.layout}: FusedMaskedAdam "
-                    "does not support sparse gradients; use torch.optim.SparseAdam for it, or "
-                    "nn.Embedding(sparse=False)"
+                    f"{self._name_of(param)} has a gradient of layout {grad.layout}: "
+                    "FusedMaskedAdam does not support sparse gradients; use "
+                    "torch.optim.SparseAdam for it, or nn.Embedding(sparse=False)"
                 )
         return pairs
 
@@ -251,36 +258,37 @@ class FusedMaskedAdam(Optimizer):
         state["exp_avg"] = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
 
-    # ---- checkpoints ------------------------------------------------------------------------------
+    # ---- checkpoints
+    # ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; parameters with a selection also have `rows` and `ages` (and
         `moment_rows` in compact state: the rows that their moments belong to)."""
         state_dict = super().state_dict()
         position = 0
-        seen: set[int] = set()
         for group in self.param_groups:
             for param in group["params"]:
                 selection = selection_of(param)
-                if id(param) not in seen and selection is not None and selection.rows is not None:
-                    if position in state_dict["state"]:
-                        entry = state_dict["state"][position]
-                        state_dict["state"][position] = {**entry, "rows": selection.rows}
-                seen.add(id(param))
+                rows = None if selection is None else selection.rows
+                if rows is not None and position in state_dict["state"]:
+                    state_dict["state"][position] = {**state_dict["state"][position], "rows": rows}
                 position += 1
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, of AdamW or of Adam; restores selections and ages bit for bit.
+        """Loads a state of this class, of AdamW or of Adam; selections and ages come back exactly.
 
-        Moments keep their precision: fp32 moments of a bf16 parameter are not rounded. Full and compact
-        states convert into each other; hyperparameters come from the checkpoint, `state` stays.
+        Moments keep their precision: fp32 moments of a bf16 parameter are not rounded. Full and
+        compact states convert into each other; hyperparameters come from the checkpoint, `state`
+        stays.
 
         Raises:
             ValueError: parameter groups, shapes or rows that do not fit; nothing is changed then.
         """
         # Registered now to run after the user's own hooks, on what they made of the dict.
-        hook = self.register_load_state_dict_pre_hook(FusedMaskedAdam._convert)  # type: ignore[arg-type]
+        hook = self.register_load_state_dict_pre_hook(
+            FusedMaskedAdam._convert  # type: ignore[arg-type]
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -303,8 +311,7 @@ class FusedMaskedAdam(Optimizer):
                 converted[key] = entry
                 continue
             param = params[key]
-            entry = dict(entry)
-            selected = entry.pop("rows", None)
+            selected = entry.get("rows")
             try:
                 converted[key] = _Verbatim(_fit_state(param, entry, self._compact))
                 if selected is not None:
@@ -353,8 +360,10 @@ def _row_ages(param: Tensor, state: dict[str, Any]) -> Tensor:
 
 
 def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) -> None:
-    """Compact moments follow the selection: rows that stay keep moments and age, rows that enter start
-    at zero, rows that leave are dropped."""
+    """Makes compact moments follow the selection.
+
+    Rows that stay keep moments and age, rows that enter start at zero, rows that leave are dropped.
+    """
     old: Tensor | None = state.pop("moment_rows", None)
     if rows is not None:
         state["moment_rows"] = rows
@@ -381,6 +390,7 @@ def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str,
     """A loaded state on the parameter's device, checked, in this class's own form."""
     device = param.device
     state: dict[str, Any] = {}
+    entry = {key: value for key, value in entry.items() if key != "rows"}
     step = entry.pop("step", None)
     if step is None:
         raise ValueError("has no 'step': it is not a state of Adam or AdamW")

@@ -1,8 +1,8 @@
 """Which rows are trained, and how they are chosen from what the forwards counted.
 
-A `Selection` belongs to one projection (or to one parameter, set by hand) and hangs on its parameters;
-`longact.FusedMaskedAdam` reads it there. Data flows one way: `Selection.observe` counts activations,
-`before_step` and `after_step` turn them into rows at the step boundary.
+A `Selection` belongs to one projection (or to one parameter, set by hand) and hangs on its
+parameters; `longact.FusedMaskedAdam` reads it there. Data flows one way: `Selection.observe` counts
+activations, `before_step` and `after_step` turn them into rows at the step boundary.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ class SelectionConfig:
             isinstance(every, bool) or not isinstance(every, int) or every < 0
         ):
             raise ValueError(
-                f"refresh_every={every!r}: use a number of optimizer steps, 0 to select once, or 'forward'"
+                f"refresh_every={every!r}: use a number of optimizer steps, 0 to select once, or "
+                "'forward'"
             )
         if every == "forward" and self.scope == "model":
             raise ValueError(
-                "refresh_every='forward' selects inside each projection's own forward, where the other "
-                "projections are not known yet: use scope='layer' or 'head'"
+                "refresh_every='forward' selects inside each projection's own forward, where the "
+                "other projections are not known yet: use scope='layer' or 'head'"
             )
 
     def count(self, channels: int) -> int:
@@ -64,7 +65,7 @@ class SelectionConfig:
 
 @dataclass
 class Selection:
-    """The selected rows of one projection's weight and bias, and what the next choice is made from."""
+    """The selected rows of one projection, and what the next choice is made from."""
 
     rows: Tensor | None = None  # int32, ascending; None: all
     config: SelectionConfig | None = None  # None: rows are set by hand only
@@ -80,15 +81,16 @@ class Selection:
     union_is_new: bool = field(default=True)
 
     def observe(self, y: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Counts one forward's output `[tokens, channels]`; returns its totals, fp32 `[channels]`."""
-        from longact.kernels import channel_magnitude
+        """Counts one forward's output `[tokens, channels]`; returns its own totals, fp32."""
+        from longact.kernels.channel_magnitude import channel_magnitude
 
         assert self.config is not None
         totals = channel_magnitude(y, token_mask, self.config.metric)
         tokens = y.shape[0] if token_mask is None else (token_mask != 0).sum()
         if self.magnitude is None or self.tokens is None or self.magnitude.device != y.device:
             self._move(y.shape[1], y.device)
-            assert self.magnitude is not None and self.tokens is not None
+            assert self.magnitude is not None
+            assert self.tokens is not None
         if self.config.metric == "max_abs":
             torch.maximum(self.magnitude, totals, out=self.magnitude)
         else:
@@ -123,7 +125,8 @@ class Selection:
 
 
 def selection_of(param: Tensor) -> Selection | None:
-    # Not getattr: raising and catching an AttributeError takes longer than the rest of a small step.
+    # Not getattr: raising and catching an AttributeError takes longer than the rest of a small
+    # step.
     selection: Selection | None = param.__dict__.get(_ATTRIBUTE)
     return selection
 
@@ -136,7 +139,7 @@ def attach(param: Tensor, selection: Selection | None) -> None:
 
 
 def check_rows(rows: Tensor, param: Tensor) -> None:
-    """Raises ValueError unless `rows` are ascending, distinct row indices of `param` on its device."""
+    """Raises ValueError unless `rows` are ascending distinct rows of `param`, on its device."""
     if param.dim() == 0:
         raise ValueError("param has no rows: it is 0-dimensional")
     if rows.dtype == torch.bool:
@@ -149,7 +152,8 @@ def check_rows(rows: Tensor, param: Tensor) -> None:
         )
     if rows.device != param.device:
         raise ValueError(
-            f"rows is on {rows.device} and param on {param.device}: pass rows.to({str(param.device)!r})"
+            f"rows is on {rows.device} and param on {param.device}: pass "
+            f"rows.to({str(param.device)!r})"
         )
     if rows.numel() == 0:
         return
@@ -175,8 +179,8 @@ def set_rows(param: Tensor, rows: Tensor | Sequence[int] | None) -> None:
 
     Args:
         param: a parameter with at least one dimension; row r is `param[r]`.
-        rows: ascending distinct integers `[k]` on param's device, or a list of int; empty: no row is
-            updated; None: all rows are.
+        rows: ascending distinct integers `[k]` on param's device, or a list of int; empty: no row
+            is updated; None: all rows are.
 
     Raises:
         ValueError: no rows to select from, or indices of another type, device, order or range.
@@ -215,7 +219,7 @@ def get_rows(param: Tensor) -> Tensor | None:
 
 def _top_rows(selection: Selection, magnitude: Tensor) -> Tensor:
     """Rows of one projection by its own channels: scope "layer" or "head"."""
-    from longact.kernels import topk_rows
+    from longact.kernels.topk_rows import topk_rows
 
     config = selection.config
     assert config is not None
@@ -230,8 +234,8 @@ def _top_rows(selection: Selection, magnitude: Tensor) -> Tensor:
 def refresh(selections: Iterable[Selection]) -> None:
     """Chooses rows anew from what was counted since the last refresh, and starts counting afresh.
 
-    A selection that counted nothing keeps its rows; so does one with a non-finite magnitude, with one
-    warning that names it (scope="model": so do all of its kind).
+    A selection that counted nothing keeps its rows; so does one with a non-finite magnitude, with
+    one warning that names it (scope="model": so do all of its kind).
     """
     counted: list[Selection] = []
     groups: dict[str, list[tuple[Selection, Tensor]]] = {}
@@ -269,8 +273,8 @@ def _is_finite(selection: Selection, magnitude: Tensor) -> bool:
     if not selection.warned:
         selection.warned = True
         warnings.warn(
-            f"{selection.name}: non-finite activations; its previous selection stays. Look for inf or "
-            "NaN in the forward, or for too large a loss scale",
+            f"{selection.name}: non-finite activations; its previous selection stays. Look for "
+            "inf or NaN in the forward, or for too large a loss scale",
             LongActWarning,
             stacklevel=3,
         )
@@ -278,7 +282,7 @@ def _is_finite(selection: Selection, magnitude: Tensor) -> bool:
 
 
 def _select_over_model(members: list[tuple[Selection, Tensor]], config: SelectionConfig) -> None:
-    from longact.kernels import topk_rows
+    from longact.kernels.topk_rows import topk_rows
 
     channels = [magnitude.shape[0] for _, magnitude in members]
     device = members[0][1].device

@@ -75,7 +75,7 @@ def _check(y: Tensor, token_mask: Tensor | None, metric: str) -> None:
         return
     if token_mask.shape != y.shape[:1] or token_mask.device != y.device:
         raise ValueError(
-            f"token_mask must have shape [{y.shape[0]}] on {y.device}, one value for each token of y, "
+            f"token_mask must have shape [{y.shape[0]}] on {y.device}, one value for each token, "
             f"got {[*token_mask.shape]} on {token_mask.device}"
         )
 
@@ -88,8 +88,8 @@ def channel_magnitude(
     Args:
         y: `[tokens, channels]`, any floating dtype; the output of a projection.
         token_mask: `[tokens]`, a token counts where it is not 0; None counts every token.
-        metric: `"mean_abs"` gives sum|y|, `"rms"` sum y^2, `"max_abs"` max|y|. Totals of several calls
-            add up (max_abs: take the maximum).
+        metric: `"mean_abs"` gives sum|y|, `"rms"` sum y^2, `"max_abs"` max|y|. Totals of several
+            calls add up (max_abs: take the maximum).
 
     Returns:
         fp32 `[channels]` on y's device. No gradient flows through it.
@@ -98,6 +98,6 @@ def channel_magnitude(
         ValueError: an unknown metric, or shapes or devices that do not fit.
     """
     if torch.compiler.is_compiling():
-        return _op(y, token_mask, metric)
+        return _op(y, token_mask, metric)  # type: ignore[no-any-return]
     _check(y, token_mask, metric)
     return _dispatch(y, token_mask, metric)

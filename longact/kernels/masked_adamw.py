@@ -15,9 +15,9 @@ from longact.backends import DTYPE_CODES, native
 from longact.selection import check_rows
 
 #: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq (None without amsgrad), step (fp32, 0-dim),
-#: ages (int32, one for each row of the moments, or None), rows (int32, or None for all), group index.
-#: A plain tuple: this is built for every parameter at every step. Moments with fewer rows than the
-#: parameter are compact: their row i belongs to the parameter's row rows[i].
+#: ages (int32, one for each row of the moments, or None), rows (int32, or None for all), group
+#: index. A plain tuple: this is built for every parameter at every step. Moments with fewer rows
+#: than the parameter are compact: their row i belongs to the parameter's row rows[i].
 ParamUpdate = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int
 ]
@@ -41,17 +41,16 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     step.add_(1)
     rows = None if rows is None else rows.long()  # index_copy_ wants int64
-    every_row = rows is None or group.zero_grad
     compact = rows is not None and exp_avg.shape[0] != param.shape[0]
 
     def take(tensor: Tensor) -> Tensor:
-        return tensor if every_row else tensor.index_select(0, rows)
+        return tensor if rows is None or group.zero_grad else tensor.index_select(0, rows)
 
     def take_state(tensor: Tensor) -> Tensor:
         return tensor if compact else take(tensor)
 
     def put(tensor: Tensor, value: Tensor) -> None:
-        if every_row:
+        if rows is None or group.zero_grad:
             tensor.copy_(value)
         else:
             tensor.index_copy_(0, rows, value.to(tensor.dtype))
@@ -62,7 +61,7 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
         else:
             put(tensor, value)
 
-    if rows is not None and every_row:
+    if rows is not None and group.zero_grad:
         g = torch.zeros_like(grad).index_copy_(0, rows, grad.index_select(0, rows))
     else:
         g = take(grad)
@@ -108,8 +107,9 @@ def native_supports(update: ParamUpdate) -> bool:
 class NativeTable:
     """The native core's table of an optimizer's tensors, kept between steps.
 
-    An entry is checked and written again only when one of its tensors moved or changed: at most steps
-    only the addresses of the gradients travel. Entries that the native core does not support stay empty.
+    An entry is checked and written again only when one of its tensors moved or changed: at most
+    steps only the addresses of the gradients travel. Entries that the native core does not support
+    stay empty.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class NativeTable:
         for i, update in enumerate(updates):
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, group = update
             if not grad.is_contiguous():
-                grad = grad.contiguous()  # noqa: PLW2901
+                grad = grad.contiguous()
             grads.append(grad)
             key = (
                 param.data_ptr(),
@@ -346,7 +346,7 @@ def masked_adamw_(
     zero_grad: bool = False,
     grad_scale: float = 1.0,
 ) -> None:
-    """One AdamW step, in place, of each parameter in its selected rows: `torch.ops.longact.masked_adamw_`.
+    """One AdamW step, in place, of each parameter in its selected rows.
 
     Args:
         params: any shape and floating dtype; row r is `param[r]`.
@@ -354,7 +354,8 @@ def masked_adamw_(
         exp_avgs, exp_avg_sqs: moments in the parameter's shape, or compact: `[len(rows), ...]`.
         max_exp_avg_sqs: like the moments with amsgrad, else an empty list.
         steps: fp32 0-dim, how many updates each parameter has had; incremented.
-        ages: int32, how many updates each row of the moments has had; incremented for updated rows. An
+        ages: int32, how many updates each row of the moments has had; incremented for updated rows.
+        An
             empty tensor: every row is as old as the parameter.
         rows: int32 ascending, the selected rows, or None for all.
         lr, beta1, beta2, eps, weight_decay, maximize: as in torch.optim.AdamW.

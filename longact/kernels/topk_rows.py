@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def reference(magnitude: Tensor, k: int) -> Tensor:
-    # A stable descending sort keeps the lower index first among equals; torch.topk promises no order.
+    # A stable descending sort keeps the lower index first among equals; torch.topk promises no
+    # order.
     order = torch.sort(magnitude, dim=-1, descending=True, stable=True).indices
     return order[..., :k].sort(dim=-1).values.to(torch.int32)
 
@@ -45,6 +46,6 @@ def topk_rows(magnitude: Tensor, k: int) -> Tensor:
         ValueError: k out of range.
     """
     if torch.compiler.is_compiling():
-        return _op(magnitude, k)
+        return _op(magnitude, k)  # type: ignore[no-any-return]
     _check(magnitude, k)
     return reference(magnitude, k)
