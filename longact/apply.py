@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from longact.architectures import ARCHITECTURES
 from longact.nn import CountedForward, SalientLinear
+from longact.rows import check_rows
 from longact.selection import (
     Selection,
     SelectionConfig,
     attach,
-    check_rows,
     refresh,
     selection_of,
     set_rows,

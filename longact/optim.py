@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from longact import selection as _selection
 from longact.backends import native, native_error
 from longact.kernels.masked_adamw import (
     AdamWGroup,
@@ -19,7 +18,8 @@ from longact.kernels.masked_adamw import (
     dispatch,
     reference,
 )
-from longact.selection import Selection, selection_of
+from longact.rows import check_rows
+from longact.selection import Selection, after_step, before_step, selection_of, set_rows
 
 __all__ = ["FusedMaskedAdam"]
 
@@ -171,7 +171,7 @@ class FusedMaskedAdam(Optimizer):
 
         # Weight and bias of a projection share one selection.
         selections = list({id(s): s for _, _, s, _ in pairs if s is not None}.values())
-        _selection.before_step(selections)
+        before_step(selections)
         updates = [self._prepare(*pair) for pair in pairs]
         groups = [
             AdamWGroup(
@@ -193,7 +193,7 @@ class FusedMaskedAdam(Optimizer):
             if self._table is None and native is not None:
                 self._table = NativeTable()
             dispatch(updates, groups, scale, self._table)
-        _selection.after_step(selections)
+        after_step(selections)
         return loss
 
     def _parameters_with_grad(self) -> list[tuple[Tensor, Tensor, Selection | None, int]]:
@@ -316,12 +316,12 @@ class FusedMaskedAdam(Optimizer):
                 converted[key] = _Verbatim(_fit_state(param, entry, self._compact))
                 if selected is not None:
                     selected = selected.to(param.device, torch.int32)
-                    _selection.check_rows(selected, param)
+                    check_rows(selected, param)
                     rows.append((param, selected))
             except ValueError as error:
                 raise ValueError(f"state of {self._name_of(param)}: {error}") from None
         for param, selected in rows:
-            _selection.set_rows(param, selected)
+            set_rows(param, selected)
         return {**state_dict, "state": converted}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -399,7 +399,7 @@ def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str,
     like = torch.empty_like(param, dtype=_moment_dtype(param))
     if moment_rows is not None:
         moment_rows = moment_rows.to(device, torch.int32, copy=True)
-        _selection.check_rows(moment_rows, param)
+        check_rows(moment_rows, param)
         like = like.new_empty((moment_rows.numel(), *param.shape[1:]))
     for key in _MOMENTS:
         value = entry.pop(key, None)

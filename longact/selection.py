@@ -15,10 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longact.kernels.channel_magnitude import channel_magnitude
+from longact.kernels.topk_rows import topk_rows
+from longact.rows import check_rows
+
 __all__ = ["LongActWarning", "get_rows", "set_rows"]
 
 _ATTRIBUTE = "_longact_selection"
-_INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 class LongActWarning(UserWarning):
@@ -82,8 +85,6 @@ class Selection:
 
     def observe(self, y: Tensor, token_mask: Tensor | None) -> Tensor:
         """Counts one forward's output `[tokens, channels]`; returns its own totals, fp32."""
-        from longact.kernels.channel_magnitude import channel_magnitude
-
         assert self.config is not None
         totals = channel_magnitude(y, token_mask, self.config.metric)
         tokens = y.shape[0] if token_mask is None else (token_mask != 0).sum()
@@ -138,39 +139,6 @@ def attach(param: Tensor, selection: Selection | None) -> None:
         delattr(param, _ATTRIBUTE)
 
 
-def check_rows(rows: Tensor, param: Tensor) -> None:
-    """Raises ValueError unless `rows` are ascending distinct rows of `param`, on its device."""
-    if param.dim() == 0:
-        raise ValueError("param has no rows: it is 0-dimensional")
-    if rows.dtype == torch.bool:
-        raise ValueError("rows is a bool mask: pass the indices, mask.nonzero().squeeze(1)")
-    if rows.dtype not in _INDEX_DTYPES:
-        raise ValueError(f"rows has dtype {rows.dtype}: pass integer row indices (int32)")
-    if rows.dim() != 1:
-        raise ValueError(
-            f"rows has shape {[*rows.shape]}: pass a 1-dimensional list of row indices"
-        )
-    if rows.device != param.device:
-        raise ValueError(
-            f"rows is on {rows.device} and param on {param.device}: pass "
-            f"rows.to({str(param.device)!r})"
-        )
-    if rows.numel() == 0:
-        return
-    low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= param.shape[0]:
-        raise ValueError(
-            f"rows has index {low if low < 0 else high}: param has rows 0 to {param.shape[0] - 1}"
-        )
-    steps = rows[1:].long() - rows[:-1].long()
-    if bool((steps <= 0).any()):
-        at = int((steps <= 0).nonzero()[0])
-        what = "twice" if int(steps[at]) == 0 else f"before {int(rows[at + 1])}"
-        raise ValueError(
-            f"rows has {int(rows[at])} {what}: pass ascending distinct indices, torch.unique(rows)"
-        )
-
-
 def set_rows(param: Tensor, rows: Tensor | Sequence[int] | None) -> None:
     """Selects by hand the rows of `param` that `longact.FusedMaskedAdam` updates.
 
@@ -219,8 +187,6 @@ def get_rows(param: Tensor) -> Tensor | None:
 
 def _top_rows(selection: Selection, magnitude: Tensor) -> Tensor:
     """Rows of one projection by its own channels: scope "layer" or "head"."""
-    from longact.kernels.topk_rows import topk_rows
-
     config = selection.config
     assert config is not None
     if config.scope == "head":
@@ -282,8 +248,6 @@ def _is_finite(selection: Selection, magnitude: Tensor) -> bool:
 
 
 def _select_over_model(members: list[tuple[Selection, Tensor]], config: SelectionConfig) -> None:
-    from longact.kernels.topk_rows import topk_rows
-
     channels = [magnitude.shape[0] for _, magnitude in members]
     device = members[0][1].device
     together = torch.cat([magnitude.to(device) for _, magnitude in members])

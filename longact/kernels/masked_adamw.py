@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longact.backends import DTYPE_CODES, native
-from longact.selection import check_rows
+from longact.rows import check_rows
 
 #: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq (None without amsgrad), step (fp32, 0-dim),
 #: ages (int32, one for each row of the moments, or None), rows (int32, or None for all), group
