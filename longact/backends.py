@@ -1,4 +1,4 @@
-"""What each op runs on here, and why: the native build, Triton, or the PyTorch reference.
+"""What each op runs on here and why: the native build, Triton, or the PyTorch reference.
 
 Each op's own file in `longact/kernels` holds its dispatch; this file holds what they share: the
 native module, or the reason for its absence.
@@ -24,22 +24,28 @@ DTYPE_CODES: dict[torch.dtype, int] = {
 }
 
 
-def _build_report() -> dict[str, str | None]:
-    """What setup.py wrote when it built: {"cuda": line, "error": line or null}."""
+def _why_not_native(error: ImportError) -> str:
+    """What setup.py wrote down when it built, or the likeliest reason otherwise."""
+    package = Path(__file__).parent
     try:
-        report: dict[str, str | None] = json.loads(
-            (Path(__file__).parent / "_build.json").read_text()
+        failure: str | None = json.loads((package / "_build.json").read_text())["error"]
+    except (OSError, ValueError, KeyError):
+        failure = None
+    if failure is not None:
+        return failure
+    if not any(package.glob("_native.*so")):
+        return (
+            f"no native module in {package}: install longact (pip install .), and do not run "
+            "Python in its source folder unless it is an editable install (pip install -e .)"
         )
-    except (OSError, ValueError):
-        return {"cuda": "unknown: longact was not installed by its setup.py", "error": None}
-    return report
+    return f"longact._native cannot be imported: {error}"
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         from longact import _native
     except ImportError as error:
-        return None, _build_report()["error"] or f"longact._native cannot be imported: {error}"
+        return None, _why_not_native(error)
     return _native, None
 
 

@@ -1,0 +1,44 @@
+"""Fixtures and switches that all tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import pytest
+
+# A build of the native core to test in place of the installed one: tests/test_sanitizers.py runs
+# the kernel tests again with it. Before longact is imported, which would load the installed one.
+if path := os.environ.get("LONGACT_TEST_NATIVE"):
+    spec = importlib.util.spec_from_file_location("longact._native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["longact._native"] = module
+
+import torch
+
+
+def pytest_report_header() -> list[str]:
+    import longact
+
+    return [
+        f"longact {longact.__version__}, torch {torch.__version__}",
+        *(f"  {op}: {where['cpu']}" for op, where in longact.backends().items()),
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,93 @@
+"""The kernel tests again, on a build of the native core under AddressSanitizer and UBSan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "LONGACT_TEST_NATIVE" in os.environ, reason="already running on a sanitizer build"
+    ),
+    pytest.mark.skipif(
+        not (ROOT / "csrc").is_dir() or shutil.which("gcc") is None or sys.platform != "linux",
+        reason="needs the sources and GCC on Linux",
+    ),
+]
+
+
+def runtime(name: str) -> str:
+    """The sanitizer's library, which must be loaded before the uninstrumented Python."""
+    return subprocess.run(
+        ["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def sanitized_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pybind11
+
+    build = tmp_path_factory.mktemp("sanitized")
+    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build]
+    options = {
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_CXX_COMPILER": "g++",
+        "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+        "LONGACT_SANITIZE": "address,undefined",
+        "LONGACT_WERROR": "ON",
+    }
+    subprocess.run([*configure, *(f"-D{k}={v}" for k, v in options.items())], check=True)
+    subprocess.run(["cmake", "--build", build], check=True)
+    (module,) = build.glob("_native*.so")
+    return module
+
+
+def run(module: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {
+        "LONGACT_TEST_NATIVE": str(module),
+        "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}",
+        # Python and torch keep what they allocate until the end.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        # The installed package, not the source folder that the tests run in.
+        "PYTHONSAFEPATH": "1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(
+        [sys.executable, *args], env=env, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_kernel_tests_pass_under_sanitizers(sanitized_build: Path) -> None:
+    done = run(
+        sanitized_build, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+        "tests/test_masked_adamw.py", "tests/test_ops.py", "-m", "not slow", "-k", "not compile",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+
+
+def test_sanitizers_see_an_out_of_bounds_row(sanitized_build: Path) -> None:
+    """The harness itself: were this not reported, the test above would be blind."""
+    script = """
+import os, importlib.util, array
+spec = importlib.util.spec_from_file_location("longact._native", os.environ["LONGACT_TEST_NATIVE"])
+native = importlib.util.module_from_spec(spec); spec.loader.exec_module(native)
+floats = [array.array("f", [0.0] * 64) for _ in range(4)]
+step, ages, rows = array.array("f", [0.0]), array.array("i", [0] * 5), array.array("i", [4])
+p, g, m, v = (a.buffer_info()[0] for a in floats)
+table = native.AdamWTable(); table.resize(1)
+table.set(0, p, m, v, 0, step.buffer_info()[0], ages.buffer_info()[0], rows.buffer_info()[0],
+          1, 5, 16, 0, 0, 0, 0, False)
+table.update([g], [(1e-3, 0.9, 0.999, 1e-8, 0.0, False, False)], 1.0, 1)
+"""
+    done = run(sanitized_build, "-c", script)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
