@@ -204,7 +204,13 @@ class FusedMaskedAdam(Optimizer):
             for param in group["params"]
             if (grad := param.grad) is not None
         ]
-        for param, grad, _, _ in pairs:
+        for param, grad, selection, _ in pairs:
+            if selection is not None and hasattr(param, "device_mesh"):
+                raise NotImplementedError(
+                    f"{self._name_of(param)} is a sharded DTensor with a selection: longact trains "
+                    "selected rows of unsharded (DDP, single device) parameters so far; call "
+                    "remove() on the handle of longact.apply to train it densely"
+                )
             if grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"{self._name_of(param)} has a gradient of layout {grad.layout}: "

@@ -92,10 +92,12 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
 
 
 def native_supports(update: ParamUpdate) -> bool:
-    """The native core wants contiguous CPU tensors of a type it knows."""
+    """The native core wants contiguous CPU tensors of a type it knows, with memory of their own."""
     param, grad, exp_avg = update[:3]
     return (
         native is not None
+        # DTensor and other wrappers have no memory to point at.
+        and type(param).__torch_dispatch__ is Tensor.__torch_dispatch__
         and param.is_cpu
         and param.is_contiguous()
         and exp_avg.is_contiguous()
