@@ -392,15 +392,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run, print, and return the results, which are also in results.json of the output."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse(argv)
-    result = run(args)
-    results = [result]
+    others = []
     if args.compare:
-        # In a process of its own, so that its peak memory is its own too.
+        # In a process of its own, and before this one has grown: the kernel counts the parent's
+        # memory at the start of a child into the child's peak.
         output = args.output.with_name(f"{args.output.name}-adamw")
         changes = ["--no-compare", "--optimizer", "adamw", "--output", str(output)]
         subprocess.run([sys.executable, __file__, *argv, *changes], check=True)
-        results.append(json.loads((output / "results.json").read_text()))
-    print_results(results)
+        others.append(json.loads((output / "results.json").read_text()))
+    result = run(args)
+    print_results([result, *others])
     return result
 
 

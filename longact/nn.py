@@ -84,10 +84,10 @@ class _RowGradLinear(torch.autograd.Function):
         flat = grad_output.reshape(-1, grad_output.shape[-1])
         if needs_weight:
             compact = row_grad(flat, input.reshape(-1, input.shape[-1]), rows)
-            grad_weight = torch.zeros_like(weight).index_copy(0, rows, compact)
+            grad_weight = torch.zeros_like(weight).index_copy_(0, rows, compact)
         if ctx.has_bias and needs_bias:
             selected = flat.index_select(1, rows).sum(0)
-            grad_bias = selected.new_zeros(flat.shape[1]).index_copy(0, rows, selected)
+            grad_bias = selected.new_zeros(flat.shape[1]).index_copy_(0, rows, selected)
         return grad_input, grad_weight, grad_bias, None, None
 
 
