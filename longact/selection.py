@@ -10,9 +10,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longact.kernels.channel_magnitude import channel_magnitude
@@ -118,6 +119,14 @@ class Selection:
         self.union.index_fill_(0, rows.long(), True)
         return rows
 
+    def take_union(self) -> Tensor:
+        """The channels that forwards selected since the last step, bool; then starts anew."""
+        assert self.magnitude is not None
+        union = self.union if self.union is not None and not self.union_is_new else None
+        self.union_is_new = True
+        self.forget()
+        return torch.zeros_like(self.magnitude, dtype=torch.bool) if union is None else union
+
     def forget(self) -> None:
         """Starts counting afresh."""
         if self.magnitude is not None and self.tokens is not None:
@@ -200,36 +209,62 @@ def _top_rows(selection: Selection, magnitude: Tensor) -> Tensor:
 def refresh(selections: Iterable[Selection]) -> None:
     """Chooses rows anew from what was counted since the last refresh, and starts counting afresh.
 
-    A selection that counted nothing keeps its rows; so does one with a non-finite magnitude, with
-    one warning that names it (scope="model": so do all of its kind).
+    Data-parallel ranks (of the default process group) add up their totals first, so that all select
+    the same rows: every rank must call this for the same selections. A selection that counted
+    nothing keeps its rows; so does one with a non-finite magnitude, with one warning that names it
+    (scope="model": so do all of its kind).
     """
-    counted: list[Selection] = []
-    groups: dict[str, list[tuple[Selection, Tensor]]] = {}
-    spoiled: set[str] = set()
-    for selection in selections:
-        config, total, tokens = selection.config, selection.magnitude, selection.tokens
-        if config is None or total is None or tokens is None or int(tokens) == 0:
-            continue
-        counted.append(selection)
-        magnitude = total if config.metric == "max_abs" else total / tokens
-        if config.metric == "rms":
-            magnitude = magnitude.sqrt()
-        group = selection.kind if config.scope == "model" else selection.name
-        groups.setdefault(group, []).append((selection, magnitude))
-        if not _is_finite(selection, magnitude):
-            spoiled.add(group)
-    for group, members in groups.items():
+    members: dict[object, list[tuple[Selection, Tensor]]] = {}
+    spoiled: set[object] = set()
+    counting = [s for s in selections if s.config is not None and s.magnitude is not None]
+    for selection, (total, tokens) in zip(counting, _totals_over_ranks(counting), strict=True):
+        config = selection.config
+        assert config is not None
+        if int(tokens) > 0:
+            magnitude = total if config.metric == "max_abs" else total / tokens
+            if config.metric == "rms":
+                magnitude = magnitude.sqrt()
+            group: object = selection.kind if config.scope == "model" else id(selection)
+            members.setdefault(group, []).append((selection, magnitude))
+            if not _is_finite(selection, magnitude):
+                spoiled.add(group)
+    for group, ranked in members.items():
         if group in spoiled:
             continue
-        config = members[0][0].config
+        config = ranked[0][0].config
         assert config is not None
         if config.scope == "model":
-            _select_over_model(members, config)
+            _select_over_model(ranked, config)
         else:
-            for selection, magnitude in members:
+            for selection, magnitude in ranked:
                 _choose(selection, _top_rows(selection, magnitude))
-    for selection in counted:
+    for selection in counting:
         selection.forget()
+
+
+def _totals_over_ranks(selections: list[Selection]) -> list[tuple[Tensor, Tensor]]:
+    """(magnitude, tokens) of each selection, over all ranks."""
+    totals: dict[int, tuple[Tensor, Tensor]] = {}
+    for is_max in (False, True):
+        mine = [s for s in selections if (s.config and s.config.metric == "max_abs") == is_max]
+        tensors = [t for s in mine for t in (s.magnitude, s.tokens) if t is not None]
+        flat = iter(_over_ranks(tensors, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM))
+        totals |= {id(s): (next(flat), next(flat)) for s in mine}
+    return [totals[id(s)] for s in selections]
+
+
+def _over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
+    """Each tensor's sum or maximum over the data-parallel ranks, all in one collective."""
+    if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensors
+    device = tensors[0].device
+    # fp64 holds fp32 totals, token counts and flags exactly.
+    flat = torch.cat([t.to(device, torch.float64).flatten() for t in tensors])
+    # A maximum over ranks may lose a NaN on the way, but not an inf.
+    flat = torch.where(flat.isnan(), torch.inf, flat)
+    dist.all_reduce(flat, op)
+    pieces = torch.split(flat, [t.numel() for t in tensors])
+    return [p.view(t.shape).to(t.device, t.dtype) for p, t in zip(pieces, tensors, strict=True)]
 
 
 def _is_finite(selection: Selection, magnitude: Tensor) -> bool:
@@ -273,19 +308,19 @@ def _choose(selection: Selection, rows: Tensor) -> None:
 
 def before_step(selections: Iterable[Selection]) -> None:
     """The step boundary, before the update: the first selection, or the union of the forwards'."""
-    first = []
+    first, by_forward = [], []
     for selection in selections:
         if selection.config is None:
             continue
         if selection.config.refresh_every == "forward":
-            if selection.union is not None and not selection.union_is_new:
-                rows = selection.union.nonzero().squeeze(1).to(torch.int32)
-                _choose(selection, rows)
-                selection.union_is_new = True
-                selection.forget()
+            by_forward.append(selection)
         elif selection.rows is None:
             first.append(selection)
     refresh(first)
+    unions = _over_ranks([s.take_union() for s in by_forward], dist.ReduceOp.MAX)
+    for selection, union in zip(by_forward, unions, strict=True):
+        if bool(union.any()):
+            _choose(selection, union.nonzero().squeeze(1).to(torch.int32))
 
 
 def after_step(selections: Iterable[Selection]) -> None:
