@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -66,7 +66,7 @@ class LongAct:
                 "tokens": selection.tokens,
                 "steps": selection.steps,
             }
-        return {"keep_ratio": self.config.keep_ratio, "projections": projections}
+        return {"projections": projections}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` saved, bit for bit.
@@ -87,25 +87,19 @@ class LongAct:
                 f"state_dict does not fit this model: missing {missing}, unexpected {unexpected}"
             )
         for name, layer in self.projections.items():
-            rows, magnitude = saved[name]["rows"], saved[name]["magnitude"]
             try:
-                if rows is not None:
-                    check_rows(rows.to(layer.weight.device), layer.weight)
+                _check_entry(saved[name], layer)
             except ValueError as error:
                 raise ValueError(f"state_dict of {name}: {error}") from None
-            if magnitude is not None and tuple(magnitude.shape) != (layer.out_features,):
-                raise ValueError(
-                    f"state_dict of {name}: magnitude has shape {[*magnitude.shape]}, the "
-                    f"projection has {layer.out_features} channels"
-                )
         for name, layer in self.projections.items():
             selection, device = layer.selection, layer.weight.device
             rows = saved[name]["rows"]
             set_rows(layer.weight, None if rows is None else rows.to(device))
             for key in ("magnitude", "tokens"):
                 value = saved[name][key]
-                setattr(selection, key, None if value is None else value.to(device, copy=True))
-            selection.steps = int(saved[name]["steps"])
+                if value is not None:
+                    setattr(selection, key, value.to(device, copy=True))
+            selection.steps = saved[name]["steps"]
 
     def remove(self) -> None:
         """Puts the original `nn.Linear` modules back; the parameters stay as training left them."""
@@ -179,9 +173,7 @@ def apply(
     )
     head_dim = _head_dim(model, matched) if scope == "head" else 0
 
-    decoder = getattr(model, "base_model", model)  # transformers: the part that holds the layers
-    if not isinstance(decoder, nn.Module) or not all(_inside(decoder, m) for m in matched.values()):
-        decoder = model
+    decoder = _decoder(model, matched)
     parameters = list(inspect.signature(decoder.forward).parameters)
     position = parameters.index("attention_mask") if "attention_mask" in parameters else None
     counted = CountedForward(position)
@@ -200,9 +192,45 @@ def apply(
         _replace(model, name, layer)
     handle._hooks = [
         decoder.register_forward_pre_hook(counted.enter, with_kwargs=True),
-        decoder.register_forward_hook(counted.leave),
+        decoder.register_forward_hook(counted.leave, always_call=True),
     ]
     return handle
+
+
+def _check_entry(entry: Any, layer: SalientLinear) -> None:
+    """One projection's part of `LongAct.state_dict()`."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"is a {type(entry).__name__}, not a dict")
+    for key in ("rows", "magnitude", "tokens", "steps"):
+        if key not in entry:
+            raise ValueError(f"has no {key!r}")
+    for key, shape in (("rows", None), ("magnitude", (layer.out_features,)), ("tokens", ())):
+        value = entry[key]
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__}, not a tensor")
+        if shape is not None and tuple(value.shape) != shape:
+            raise ValueError(
+                f"{key} has shape {[*value.shape]}, the projection has {layer.out_features} "
+                f"channels"
+            )
+    if entry["rows"] is not None:
+        check_rows(entry["rows"].to(layer.weight.device), layer.weight)
+    if isinstance(entry["steps"], bool) or not isinstance(entry["steps"], int):
+        raise ValueError(f"steps is {entry['steps']!r}, not an int")
+
+
+def _decoder(model: nn.Module, matched: Mapping[str, nn.Module]) -> nn.Module:
+    """The module whose forward sees the attention mask.
+
+    That is transformers' base model, inside of a wrapper too; else the model itself.
+    """
+    for module in model.modules():
+        base = getattr(module, "base_model", None)
+        if isinstance(base, nn.Module) and all(_inside(base, m) for m in matched.values()):
+            return base
+    return model
 
 
 def _targets_of(model: nn.Module) -> tuple[str, ...]:
@@ -222,7 +250,11 @@ def _match(
 ) -> dict[str, nn.Module]:
     """Qualified name -> module, in the model's own order."""
     wanted: list[str | nn.Module]
-    wanted = [targets] if isinstance(targets, (str, nn.Module)) else list(targets)
+    if isinstance(targets, (str, nn.Module)):
+        targets = [targets]
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"targets={targets!r}: pass module names, patterns or modules")
+    wanted = list(targets)
     modules = dict(model.named_modules())
     matched: dict[str, nn.Module] = {}
     for target in wanted:

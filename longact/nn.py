@@ -62,15 +62,21 @@ class CountedForward:
 class _RowGradLinear(torch.autograd.Function):
     """Gives `y = input weight^T + bias`, computed already, a backward for `rows` only."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, y: Tensor
+        input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, y: Tensor
     ) -> Tensor:
+        return y.detach()  # not y.view_as(y): autograd forbids in-place changes of a view made here
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, rows, _ = inputs
         # rows stays off save_for_backward: activation checkpointing compares what both runs save.
         ctx.save_for_backward(input, weight)
         ctx.rows = rows
         ctx.has_bias = bias is not None
-        return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,7 +90,7 @@ class _RowGradLinear(torch.autograd.Function):
         flat = grad_output.reshape(-1, grad_output.shape[-1])
         if needs_weight:
             compact = row_grad(flat, input.reshape(-1, input.shape[-1]), rows)
-            grad_weight = torch.zeros_like(weight).index_copy_(0, rows, compact)
+            grad_weight = compact.new_zeros(weight.shape).index_copy_(0, rows, compact)
         if ctx.has_bias and needs_bias:
             selected = flat.index_select(1, rows).sum(0)
             grad_bias = selected.new_zeros(flat.shape[1]).index_copy_(0, rows, selected)
@@ -151,12 +157,21 @@ class SalientLinear(nn.Linear):
             if param is not None:
                 attach(param, selection)
 
-    # A parameter that is replaced (load_state_dict(assign=True), sharding) or copied with the
-    # module (copy.deepcopy, pickle) must carry the selection on.
+    # A parameter that is replaced (by assignment, sharding, .to("meta"), swap on conversion) or
+    # copied with the module (copy.deepcopy, pickle) must carry the selection on.
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         if param is not None and "selection" in self.__dict__:
             attach(param, self.selection)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SalientLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._attach(self.selection)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._attach(self.selection)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -165,19 +180,16 @@ class SalientLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         selection, counted = self.selection, self.counted
         counts = counted is not None and counted.active
-        by_forward = (
-            counts and selection.config is not None and selection.config.refresh_every == "forward"
-        )
-        if by_forward and not torch.is_grad_enabled():
+        by_forward = selection.config is not None and selection.config.refresh_every == "forward"
+        if counts and by_forward and not torch.is_grad_enabled():
             raise NotImplementedError(
                 f"{selection.name}: refresh_every='forward' does not work with reentrant "
                 "activation checkpointing, which forgets which rows a forward selected: use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or refresh_every=1"
             )
         rows = selection.rows
-        if not by_forward and (
-            rows is None or not (torch.is_grad_enabled() and self.weight.requires_grad)
-        ):
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if not (torch.is_grad_enabled() and trains and (rows is not None or by_forward)):
             y = F.linear(input, self.weight, self.bias)
             if counts:
                 self._observe(y)
@@ -186,7 +198,7 @@ class SalientLinear(nn.Linear):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         device = input.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Autocast reaches F.linear but not a custom backward: cast as it would, double
             # excepted.
             dtype = torch.get_autocast_dtype(device)
@@ -198,8 +210,10 @@ class SalientLinear(nn.Linear):
                 totals = self._observe(y)
                 if by_forward:
                     rows = selection.select_for_forward(totals)
-        if rows is not None and rows.device != y.device:
-            rows = rows.to(y.device)
+        if rows is None:
+            # Run again by activation checkpointing, which wants the same tensors saved.
+            rows = torch.arange(self.out_features, dtype=torch.int32, device=y.device)
+        rows = rows.to(y.device)
         return _RowGradLinear.apply(input, weight, bias, rows, y)  # type: ignore[no-any-return]
 
     def _observe(self, y: Tensor) -> Tensor:

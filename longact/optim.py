@@ -166,11 +166,15 @@ class FusedMaskedAdam(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
         pairs = self._parameters_with_grad()
-        if not pairs or (found_inf is not None and float(found_inf) != 0.0):
+        if not pairs:
             return loss
 
         # Weight and bias of a projection share one selection.
         selections = list({id(s): s for _, _, s, _ in pairs if s is not None}.values())
+        if found_inf is not None and float(found_inf) != 0.0:
+            for selection in selections:
+                selection.union_is_new = True  # this step's forwards are dropped with it
+            return loss
         before_step(selections)
         updates = [self._prepare(*pair) for pair in pairs]
         groups = [

@@ -109,10 +109,11 @@ class Selection:
             self.magnitude, self.tokens = self.magnitude.to(device), self.tokens.to(device)
 
     def select_for_forward(self, totals: Tensor) -> Tensor:
-        """Rows of one forward from its own totals, which join the union that the step updates."""
-        # Compiled code cannot look at values; NaN counts as large there.
-        finite = torch.compiler.is_compiling() or _is_finite(self, totals)
-        rows = _top_rows(self, totals) if finite or self.rows is None else self.rows
+        """Rows of one forward by its own totals; they join the union that the step updates."""
+        # Compiled code cannot look at values; NaN counts as large there. Totals of nothing but
+        # zeros: no token counted.
+        usable = torch.compiler.is_compiling() or (bool(totals.any()) and _is_finite(self, totals))
+        rows = _top_rows(self, totals) if usable or self.rows is None else self.rows
         if self.union is None or self.union_is_new or self.union.device != totals.device:
             self.union = torch.zeros(totals.shape[0], dtype=torch.bool, device=totals.device)
             self.union_is_new = False
