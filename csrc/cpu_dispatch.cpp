@@ -8,7 +8,6 @@ namespace longact {
 extern const CpuKernels kCpuKernels_baseline;
 #if defined(LONGACT_X86_KERNELS)
 extern const CpuKernels kCpuKernels_avx2;
-extern const CpuKernels kCpuKernels_avx512;
 #endif
 
 const std::vector<const CpuKernels*>& available_cpu_kernels() {
@@ -16,10 +15,6 @@ const std::vector<const CpuKernels*>& available_cpu_kernels() {
     std::vector<const CpuKernels*> found;
 #if defined(LONGACT_X86_KERNELS)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      found.push_back(&kCpuKernels_avx512);
-    }
     if (__builtin_cpu_supports("avx2")) found.push_back(&kCpuKernels_avx2);
 #endif
     found.push_back(&kCpuKernels_baseline);

@@ -23,6 +23,21 @@ inline void prefetch(const T* base, int64_t offset) {
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 0);
 }
 
+// How much further to ask while at element i of n: further on in this run, and at its end in the next
+// run, whose first element lies `ahead` of this one's (0: there is none).
+template <typename T>
+struct Ahead {
+  static constexpr int64_t kWidth = kLineBytes / static_cast<int64_t>(sizeof(T));
+  static constexpr int64_t kDistance = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t distance, tail, tail_shift;
+
+  Ahead(int64_t n, int64_t ahead)
+      : distance(n < kDistance ? n : kDistance),
+        tail(n - distance),
+        tail_shift(ahead == 0 ? 0 : ahead - tail) {}
+  int64_t operator()(int64_t i) const { return i < tail ? distance : tail_shift; }
+};
+
 template <typename T, bool kZeroGrad, bool kAmsgrad>
 void adamw_loop(const AdamWCoefficients<T>& coefficients, T* __restrict p, const T* __restrict g,
                 T* __restrict m, T* __restrict v, T* __restrict vmax, int64_t n, int64_t ahead,
@@ -32,21 +47,15 @@ void adamw_loop(const AdamWCoefficients<T>& coefficients, T* __restrict p, const
     adamw_element<T, kZeroGrad, kAmsgrad>(c, p[i], kZeroGrad ? nullptr : g + i, m[i], v[i],
                                           kAmsgrad ? vmax + i : nullptr);
   };
-  constexpr int64_t kWidth = kLineBytes / static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kDistance = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t distance = n < kDistance ? n : kDistance;
-  const int64_t tail = n - distance;
-  const int64_t tail_shift = ahead == 0 ? 0 : ahead - tail;
-  const int64_t tail_state_shift = ahead == 0 ? 0 : state_ahead - tail;
+  constexpr int64_t kWidth = Ahead<T>::kWidth;
+  const Ahead<T> shift(n, ahead), state_shift(n, state_ahead);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    const int64_t shift = i < tail ? distance : tail_shift;
-    const int64_t state_shift = i < tail ? distance : tail_state_shift;
-    prefetch(p, i + shift);
-    if (!kZeroGrad) prefetch(g, i + shift);
-    prefetch(m, i + state_shift);
-    prefetch(v, i + state_shift);
-    if (kAmsgrad) prefetch(vmax, i + state_shift);
+    prefetch(p, i + shift(i));
+    if (!kZeroGrad) prefetch(g, i + shift(i));
+    prefetch(m, i + state_shift(i));
+    prefetch(v, i + state_shift(i));
+    if (kAmsgrad) prefetch(vmax, i + state_shift(i));
     for (int64_t j = i; j < i + kWidth; ++j) update(j);
   }
   for (; i < n; ++i) update(i);
@@ -60,8 +69,10 @@ void adamw(const AdamWCoefficients<T>& c, T* p, const T* g, T* m, T* v, T* vmax,
   loop(c, p, g, m, v, vmax, n, ahead, state_ahead);
 }
 
-void load(DType dtype, const void* from, float* __restrict to, int64_t n) {
+void load(DType dtype, const void* from, float* __restrict to, int64_t n, int64_t ahead) {
   const uint16_t* __restrict bits = static_cast<const uint16_t*>(from);
+  const Ahead<uint16_t> shift(n, ahead);
+  for (int64_t i = 0; i < n; i += Ahead<uint16_t>::kWidth) prefetch(bits, i + shift(i));
   if (dtype == DType::kBFloat16) {
     for (int64_t i = 0; i < n; ++i) to[i] = bfloat16_to_float(bits[i]);
   } else {

@@ -24,8 +24,8 @@ struct CpuKernels {
   void (*adamw_f64)(const AdamWCoefficients<double>&, double* p, const double* g, double* m, double* v,
                     double* vmax, int64_t n, int64_t ahead, int64_t state_ahead);
 
-  // bf16 and fp16 to fp32 and back.
-  void (*load)(DType dtype, const void* from, float* to, int64_t n);
+  // bf16 and fp16 to fp32 and back; `ahead` as above.
+  void (*load)(DType dtype, const void* from, float* to, int64_t n, int64_t ahead);
   void (*store)(DType dtype, const float* from, void* to, int64_t n);
 
   // total[c] (op)= |y[t, c]| or y^2, over the tokens whose mask byte is not 0 (mask null: all).

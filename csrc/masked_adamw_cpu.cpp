@@ -61,7 +61,10 @@ class SpanUpdater {
       return;
     }
     for (int64_t done = 0; done < n; done += kBlock) {
-      update_block(offset + done, state_offset + done, std::min(kBlock, n - done), has_grad);
+      const bool last = done + kBlock >= n;
+      update_block(offset + done, state_offset + done, std::min(kBlock, n - done), has_grad,
+                   last && ahead != 0 ? ahead - done : last ? 0 : kBlock,
+                   last && ahead != 0 ? state_ahead - done : last ? 0 : kBlock);
     }
   }
 
@@ -81,11 +84,12 @@ class SpanUpdater {
   }
 
   // The buffer itself where it is fp32 already, else a converted copy of the block.
-  float* stage(DType dtype, const void* base, int64_t offset, int64_t n, float* block) const {
+  float* stage(DType dtype, const void* base, int64_t offset, int64_t n, int64_t ahead,
+               float* block) const {
     if (base == nullptr) return nullptr;
     const char* from = static_cast<const char*>(base) + offset * dtype_size(dtype);
     if (dtype == DType::kFloat32) return reinterpret_cast<float*>(const_cast<char*>(from));
-    kernels_.load(dtype, from, block, n);
+    kernels_.load(dtype, from, block, n, ahead);
     return block;
   }
   void unstage(DType dtype, void* base, int64_t offset, int64_t n, const float* block) const {
@@ -93,14 +97,16 @@ class SpanUpdater {
     kernels_.store(dtype, block, static_cast<char*>(base) + offset * dtype_size(dtype), n);
   }
 
-  void update_block(int64_t offset, int64_t state_offset, int64_t n, bool has_grad) {
+  void update_block(int64_t offset, int64_t state_offset, int64_t n, bool has_grad, int64_t ahead,
+                    int64_t state_ahead) {
     const AdamWTensor& t = tensor_;
-    float* p = stage(t.param_dtype, t.param, offset, n, blocks_[0]);
-    const float* g = has_grad ? stage(t.grad_dtype, t.grad, offset, n, blocks_[1]) : nullptr;
-    float* m = stage(t.moment_dtype, t.exp_avg, state_offset, n, blocks_[2]);
-    float* v = stage(t.moment_dtype, t.exp_avg_sq, state_offset, n, blocks_[3]);
-    float* vmax = stage(t.moment_dtype, t.max_exp_avg_sq, state_offset, n, blocks_[4]);
-    kernels_.adamw_f32(c32_, p, g, m, v, vmax, n, 0, 0);
+    float* p = stage(t.param_dtype, t.param, offset, n, ahead, blocks_[0]);
+    const float* g = has_grad ? stage(t.grad_dtype, t.grad, offset, n, ahead, blocks_[1]) : nullptr;
+    float* m = stage(t.moment_dtype, t.exp_avg, state_offset, n, state_ahead, blocks_[2]);
+    float* v = stage(t.moment_dtype, t.exp_avg_sq, state_offset, n, state_ahead, blocks_[3]);
+    float* vmax = stage(t.moment_dtype, t.max_exp_avg_sq, state_offset, n, state_ahead, blocks_[4]);
+    // A block in L1 has nothing to ask for; asking next to it does no harm.
+    kernels_.adamw_f32(c32_, p, g, m, v, vmax, n, ahead, state_ahead);
     unstage(t.param_dtype, t.param, offset, n, p);
     unstage(t.moment_dtype, t.exp_avg, state_offset, n, m);
     unstage(t.moment_dtype, t.exp_avg_sq, state_offset, n, v);

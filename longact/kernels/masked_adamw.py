@@ -6,7 +6,7 @@ The arithmetic is that of docs/algorithm.md; `longact.FusedMaskedAdam` is the us
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ class NativeTable:
     def __init__(self) -> None:
         assert native is not None
         self._table = native.AdamWTable()
-        self._keys: list[tuple[object, ...] | None] = []
+        self._entries: list[tuple[Any, ...] | None] = []
         self._unsupported: set[int] = set()
 
     def update(
@@ -128,38 +128,47 @@ class NativeTable:
         isa: str = "",
     ) -> list[ParamUpdate]:
         """Updates what the native core supports; returns the rest."""
-        keys = self._keys
-        if len(updates) != len(keys):
+        entries = self._entries
+        if len(updates) != len(entries):
             self._table.resize(len(updates))
-            keys = self._keys = [None] * len(updates)
+            entries = self._entries = [None] * len(updates)
             self._unsupported.clear()
-        grads = []
+        addresses = []
+        copies = []  # alive until the native call returns
         for i, update in enumerate(updates):
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, group = update
+            known = entries[i]
+            # The same objects, which the entry keeps alive; `param.data = ...` changes one in place.
+            if (
+                known is None
+                or param is not known[0]
+                or exp_avg is not known[1]
+                or exp_avg_sq is not known[2]
+                or max_exp_avg_sq is not known[3]
+                or step is not known[4]
+                or ages is not known[5]
+                or rows is not known[6]
+                or group != known[7]
+                or grad.dtype is not known[8]
+                or param.data_ptr() != known[9]
+                or exp_avg.data_ptr() != known[10]
+                or exp_avg_sq.data_ptr() != known[11]
+                or param.shape != known[12]
+                or not param.is_contiguous()
+            ):
+                entries[i] = None
+                self._set(i, update)
+                entries[i] = (
+                    param, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, group,
+                    grad.dtype, param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+                    param.shape,
+                )  # fmt: skip
             if not grad.is_contiguous():
                 grad = grad.contiguous()
-            grads.append(grad)
-            key = (
-                param.data_ptr(),
-                exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(),
-                0 if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
-                step.data_ptr(),
-                0 if ages is None else ages.data_ptr(),
-                0 if rows is None else rows.data_ptr(),
-                -1 if rows is None else rows.numel(),
-                group,
-                param.numel(),
-                param.dtype,
-                grad.dtype,
-                param.is_contiguous(),
-            )
-            if key != keys[i]:
-                keys[i] = None
-                self._set(i, update)
-                keys[i] = key
+                copies.append(grad)
+            addresses.append(grad.data_ptr())
         self._table.update(
-            [grad.data_ptr() for grad in grads],
+            addresses,
             [group._replace(lr=float(group.lr)) for group in groups],
             grad_scale,
             torch.get_num_threads(),
