@@ -15,6 +15,7 @@ from longact.kernels.masked_adamw import (
     AdamWGroup,
     NativeTable,
     ParamUpdate,
+    check_update,
     dispatch,
     reference,
 )
@@ -176,7 +177,8 @@ class FusedMaskedAdam(Optimizer):
                 selection.union_is_new = True  # this step's forwards are dropped with it
             return loss
         before_step(selections)
-        updates = [self._prepare(*pair) for pair in pairs]
+        undo: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        updates = [self._prepare(*pair, undo) for pair in pairs]
         groups = [
             AdamWGroup(
                 group["lr"],
@@ -190,13 +192,21 @@ class FusedMaskedAdam(Optimizer):
             for group in self.param_groups
         ]
         scale = 1.0 if grad_scale is None else grad_scale
-        if self._backend == "reference":
-            for update in updates:
-                reference(update, groups[update[-1]], scale)
-        else:
-            if self._table is None and native is not None:
-                self._table = NativeTable()
-            dispatch(updates, groups, scale, self._table)
+        try:
+            if self._backend == "reference":
+                for update in updates:
+                    check_update(update, groups[update[-1]].zero_grad)
+                for update in updates:
+                    reference(update, groups[update[-1]], scale)
+            else:
+                if self._table is None and native is not None:
+                    self._table = NativeTable()
+                dispatch(updates, groups, scale, self._table)
+        except ValueError:  # from the checks, which come before the first change
+            for state, old in undo:
+                state.clear()
+                state.update(old)
+            raise
         after_step(selections)
         return loss
 
@@ -232,7 +242,12 @@ class FusedMaskedAdam(Optimizer):
         return "a parameter"
 
     def _prepare(
-        self, param: Tensor, grad: Tensor, selection: Selection | None, index: int
+        self,
+        param: Tensor,
+        grad: Tensor,
+        selection: Selection | None,
+        index: int,
+        undo: list[tuple[dict[str, Any], dict[str, Any]]],
     ) -> ParamUpdate:
         """State made to fit this step's selection, and everything the update needs."""
         group = self.param_groups[index]
@@ -241,6 +256,8 @@ class FusedMaskedAdam(Optimizer):
         if rows is not None and rows.device != param.device:
             assert selection is not None
             rows = selection.rows = rows.to(param.device)
+        if not state or (self._compact and state.get("moment_rows") is not rows):
+            undo.append((state, dict(state)))
         if not state:
             self._init_state(param, state, rows)
         if self._compact and (rows is not None or "moment_rows" in state):
@@ -274,7 +291,17 @@ class FusedMaskedAdam(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; parameters with a selection also have `rows` and `ages` (and
         `moment_rows` in compact state: the rows that their moments belong to)."""
-        state_dict = super().state_dict()
+        # Registered now, before the user's own hooks, which then see the rows.
+        hook = self.register_state_dict_post_hook(
+            FusedMaskedAdam._add_rows,  # type: ignore[arg-type]
+            prepend=True,
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _add_rows(self, state_dict: dict[str, Any]) -> None:
         position = 0
         for group in self.param_groups:
             for param in group["params"]:
@@ -283,7 +310,6 @@ class FusedMaskedAdam(Optimizer):
                 if rows is not None and position in state_dict["state"]:
                     state_dict["state"][position] = {**state_dict["state"][position], "rows": rows}
                 position += 1
-        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, of AdamW or of Adam; selections and ages come back exactly.
@@ -325,7 +351,7 @@ class FusedMaskedAdam(Optimizer):
             try:
                 converted[key] = _Verbatim(_fit_state(param, entry, self._compact))
                 if selected is not None:
-                    selected = selected.to(param.device, torch.int32)
+                    selected = _loaded_integers("rows", selected, param)
                     check_rows(selected, param)
                     rows.append((param, selected))
             except ValueError as error:
@@ -396,6 +422,21 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
             state[key] = moved.index_copy_(0, stays, kept)
 
 
+def _loaded_integers(name: str, values: Any, param: Tensor) -> Tensor:
+    """Loaded rows or ages: int32 on the parameter's device.
+
+    Torch's optimizers cast what they load to the parameter's type: whole numbers that such a cast
+    leaves exact are taken back, others refused.
+    """
+    if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_complex():
+        raise ValueError(f"{name} must be an integer tensor, got {values!r}")
+    exact = values.double()
+    limit = 1 / torch.finfo(values.dtype).eps if values.is_floating_point() else 2**31 - 1
+    if bool(((exact != exact.trunc()) | (exact.abs() > limit)).any()):
+        raise ValueError(f"{name} is {values.dtype} and not exact: pass int32")
+    return values.to(param.device, torch.int32, copy=True)
+
+
 def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str, Any]:
     """A loaded state on the parameter's device, checked, in this class's own form."""
     device = param.device
@@ -404,11 +445,14 @@ def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str,
     step = entry.pop("step", None)
     if step is None:
         raise ValueError("has no 'step': it is not a state of Adam or AdamW")
-    state["step"] = torch.as_tensor(step, dtype=torch.float32).to(device, copy=True).reshape(())
+    step = torch.as_tensor(step, dtype=torch.float32)
+    if step.numel() != 1:
+        raise ValueError(f"step has shape {[*step.shape]}: it must be one number")
+    state["step"] = step.to(device, copy=True).reshape(())
     moment_rows = entry.pop("moment_rows", None)
     like = torch.empty_like(param, dtype=_moment_dtype(param))
     if moment_rows is not None:
-        moment_rows = moment_rows.to(device, torch.int32, copy=True)
+        moment_rows = _loaded_integers("moment_rows", moment_rows, param)
         check_rows(moment_rows, param)
         like = like.new_empty((moment_rows.numel(), *param.shape[1:]))
     for key in _MOMENTS:
@@ -417,7 +461,10 @@ def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str,
             if key != "max_exp_avg_sq":
                 raise ValueError(f"has no {key!r}: it is not a state of Adam or AdamW")
             continue
-        if value.shape != like.shape or value.is_complex() != like.is_complex():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is {value!r}: it must be a tensor")
+        kind = (value.shape, value.is_floating_point(), value.is_complex())
+        if kind != (like.shape, like.is_floating_point(), like.is_complex()):
             raise ValueError(
                 f"{key} is {value.dtype} {[*value.shape]}, the parameter needs {like.dtype} "
                 f"{[*like.shape]}: the checkpoint belongs to another model"
@@ -425,9 +472,9 @@ def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str,
         state[key] = torch.empty_like(like).copy_(value)
     ages = entry.pop("ages", None)
     if ages is not None:
+        state["ages"] = _loaded_integers("ages", ages, param)
         if ages.shape != like.shape[:1]:
             raise ValueError(f"ages has shape {[*ages.shape]}, the moments {[*like.shape]}")
-        state["ages"] = ages.to(device, torch.int32, copy=True)
     if moment_rows is not None:
         state["moment_rows"] = moment_rows
         if not compact:

@@ -186,6 +186,9 @@ def _as_tensor(rows: Sequence[int], device: torch.device) -> Tensor:
     bad = [r for r in values if isinstance(r, bool) or not hasattr(r, "__index__")]
     if bad:
         raise ValueError(f"rows holds {bad[0]!r}: pass integer row indices")
+    beyond = [r for r in values if not 0 <= int(r) < 2**31]
+    if beyond:
+        raise ValueError(f"rows has index {beyond[0]}: param has no such row")
     return torch.tensor([int(r) for r in values], dtype=torch.int64, device=device)
 
 

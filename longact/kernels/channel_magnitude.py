@@ -12,7 +12,7 @@ METRICS: dict[str, int] = {"mean_abs": 0, "rms": 1, "max_abs": 2}
 
 
 def reference(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
-    magnitude = y.float().abs()
+    magnitude = y.detach().float().abs()
     if token_mask is not None:
         magnitude = magnitude[token_mask != 0]
     if metric == "mean_abs":

@@ -40,6 +40,7 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, _ = update
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     step.add_(1)
+    lr = group.lr.reshape(()) if isinstance(group.lr, Tensor) else group.lr
     rows = None if rows is None else rows.long()  # index_copy_ wants int64
     compact = rows is not None and exp_avg.shape[0] != param.shape[0]
 
@@ -73,7 +74,7 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
         row_ages = take_state(ages) + 1
         put_state(ages, row_ages)
         age = row_ages.double().view(-1, *[1] * (param.dim() - 1))
-    step_size = (group.lr / (1.0 - group.beta1**age)).to(compute)
+    step_size = (lr / (1.0 - group.beta1**age)).to(compute)
     inv_sqrt_bias2 = (1.0 - group.beta2**age).rsqrt().to(compute)
 
     m = take_state(exp_avg).to(compute) * group.beta1 + g * (1.0 - group.beta1)
@@ -86,14 +87,14 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
     p = take(param).to(compute)
     put(
         param,
-        p * (1.0 - group.lr * group.weight_decay)
+        p * (1.0 - lr * group.weight_decay)
         - step_size * m / (v.sqrt() * inv_sqrt_bias2 + group.eps),
     )
 
 
 def native_supports(update: ParamUpdate) -> bool:
     """The native core wants contiguous CPU tensors of a type it knows, with memory of their own."""
-    param, grad, exp_avg = update[:3]
+    param, grad, exp_avg, *others = update[:8]
     return (
         native is not None
         # DTensor and other wrappers have no memory to point at.
@@ -101,8 +102,10 @@ def native_supports(update: ParamUpdate) -> bool:
         and param.is_cpu
         and param.is_contiguous()
         and exp_avg.is_contiguous()
+        and all(t is None or t.is_contiguous() for t in others)
         and param.dtype in DTYPE_CODES
         and grad.dtype in DTYPE_CODES
+        and exp_avg.dtype in DTYPE_CODES
     )
 
 
@@ -133,12 +136,13 @@ class NativeTable:
             self._table.resize(len(updates))
             entries = self._entries = [None] * len(updates)
             self._unsupported.clear()
+        zero_grads = [g.zero_grad for g in groups]
         addresses = []
         copies = []  # alive until the native call returns
         for i, update in enumerate(updates):
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, group = update
             known = entries[i]
-            # The same objects, which the entry keeps alive; `param.data = ...` changes one in place.
+            # The same objects, which the entry keeps alive; `.data = ...` changes one inside.
             if (
                 known is None
                 or param is not known[0]
@@ -148,7 +152,7 @@ class NativeTable:
                 or step is not known[4]
                 or ages is not known[5]
                 or rows is not known[6]
-                or group != known[7]
+                or (group, zero_grads[group]) != known[7]
                 or grad.dtype is not known[8]
                 or param.data_ptr() != known[9]
                 or exp_avg.data_ptr() != known[10]
@@ -157,14 +161,15 @@ class NativeTable:
                 or not param.is_contiguous()
             ):
                 entries[i] = None
-                self._set(i, update)
+                self._set(i, update, zero_grads[group])
                 entries[i] = (
-                    param, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, group,
+                    param, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows,
+                    (group, zero_grads[group]),
                     grad.dtype, param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
                     param.shape,
                 )  # fmt: skip
-            if not grad.is_contiguous():
-                grad = grad.contiguous()
+            if not grad.is_contiguous() or grad.is_neg():
+                grad = grad.resolve_neg().contiguous()
                 copies.append(grad)
             addresses.append(grad.data_ptr())
         self._table.update(
@@ -176,8 +181,8 @@ class NativeTable:
         )
         return [updates[i] for i in sorted(self._unsupported)]
 
-    def _set(self, index: int, update: ParamUpdate) -> None:
-        check_update(update)
+    def _set(self, index: int, update: ParamUpdate, zero_grad: bool) -> None:
+        check_update(update, zero_grad)
         if not native_supports(update):
             self._unsupported.add(index)
             self._table.clear(index)
@@ -209,13 +214,17 @@ class NativeTable:
         )
 
 
-def check_update(update: ParamUpdate) -> None:
+def check_update(update: ParamUpdate, zero_grad: bool) -> None:
     """Everything the native core relies on about shapes, types and places."""
     param, grad, exp_avg, exp_avg_sq, max_sq, step, ages, rows, _ = update
     num_rows = param.shape[0] if param.dim() else 1
     state_rows = num_rows
     if rows is not None and exp_avg.dim() and exp_avg.shape[0] != num_rows:
         state_rows = rows.numel()
+        if zero_grad:
+            raise ValueError(
+                "moments are compact, which zero_grad cannot update: it needs moments of every row"
+            )
     state_shape = (state_rows, *param.shape[1:]) if param.dim() else ()
 
     def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -253,7 +262,8 @@ def dispatch(
         rest = (table or NativeTable()).update(updates, groups, float(grad_scale))
     else:
         for update in updates:
-            check_update(update)  # all checks come before the first change
+            # All checks come before the first change.
+            check_update(update, groups[update[-1]].zero_grad)
     for update in rest:
         reference(update, groups[update[-1]], grad_scale)
 
@@ -267,6 +277,7 @@ def _updates(
     steps: Sequence[Tensor],
     ages: Sequence[Tensor],
     rows: Sequence[Tensor | None],
+    zero_grad: bool = False,
 ) -> list[ParamUpdate]:
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     lists |= {"ages": ages, "rows": rows}  # type: ignore[dict-item]
@@ -288,7 +299,7 @@ def _updates(
             rows[i],
             0,
         )
-        check_update(update)
+        check_update(update, zero_grad)
         updates.append(update)
     return updates
 
@@ -315,7 +326,9 @@ def _op(
     zero_grad: bool = False,
     grad_scale: float = 1.0,
 ) -> None:
-    updates = _updates(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, ages, rows)
+    updates = _updates(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, ages, rows, zero_grad
+    )
     for param, selected in zip(params, rows, strict=True):
         if selected is not None:
             check_rows(selected, param)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,19 @@ def _op(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
 def _fake(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
     _check(grad_output, input, rows)
     return input.new_empty(rows.shape[0], input.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad_output, input, rows = ctx.saved_tensors
+    of_output = torch.zeros_like(grad_output).index_copy(1, rows.long(), input @ grad.t())
+    return of_output, grad_output.index_select(1, rows) @ grad, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(grad_output: Tensor, input: Tensor, rows: Tensor) -> None:
