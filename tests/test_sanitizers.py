@@ -80,12 +80,13 @@ def test_sanitizers_see_an_out_of_bounds_row(sanitized_build: Path) -> None:
 import os, importlib.util, array
 spec = importlib.util.spec_from_file_location("longact._native", os.environ["LONGACT_TEST_NATIVE"])
 native = importlib.util.module_from_spec(spec); spec.loader.exec_module(native)
-floats = [array.array("f", [0.0] * 64) for _ in range(4)]
-step, ages, rows = array.array("f", [0.0]), array.array("i", [0] * 5), array.array("i", [4])
+# Large enough to come from malloc, not from Python's own pools.
+floats = [array.array("f", [0.0] * 5 * 64) for _ in range(4)]
+step, ages, rows = array.array("f", [0.0]), array.array("i", [0] * 6), array.array("i", [5])
 p, g, m, v = (a.buffer_info()[0] for a in floats)
 table = native.AdamWTable(); table.resize(1)
 table.set(0, p, m, v, 0, step.buffer_info()[0], ages.buffer_info()[0], rows.buffer_info()[0],
-          1, 5, 16, 0, 0, 0, 0, False)
+          1, 6, 64, 0, 0, 0, 0, False)
 table.update([g], [(1e-3, 0.9, 0.999, 1e-8, 0.0, False, False)], 1.0, 1)
 """
     done = run(sanitized_build, "-c", script)
