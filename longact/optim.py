@@ -144,9 +144,6 @@ class FusedMaskedAdam(Optimizer):
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    # ---- step
-    # -------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
@@ -249,44 +246,47 @@ class FusedMaskedAdam(Optimizer):
         index: int,
         undo: list[tuple[dict[str, Any], dict[str, Any]]],
     ) -> ParamUpdate:
-        """State made to fit this step's selection, and everything the update needs."""
+        """State made to fit this step's selection (`undo` gets what it was), and all tensors."""
         group = self.param_groups[index]
         state = self.state[param]
         rows = None if selection is None else selection.rows
         if rows is not None and rows.device != param.device:
             assert selection is not None
             rows = selection.rows = rows.to(param.device)
-        if not state or (self._compact and state.get("moment_rows") is not rows):
+        amsgrad = group["amsgrad"]
+        if (
+            not state
+            or (self._compact and state.get("moment_rows") is not rows)
+            or (rows is not None and "ages" not in state and group["inactive"] == "freeze")
+            or (amsgrad and "max_exp_avg_sq" not in state)
+        ):
             undo.append((state, dict(state)))
-        if not state:
-            self._init_state(param, state, rows)
-        if self._compact and (rows is not None or "moment_rows" in state):
-            _remap_compact(param, state, rows)
-        if rows is not None and "ages" not in state and group["inactive"] == "freeze":
-            state["ages"] = _row_ages(param, state)
-        max_exp_avg_sq = None
-        if group["amsgrad"]:
-            if "max_exp_avg_sq" not in state:
-                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
-            max_exp_avg_sq = state["max_exp_avg_sq"]
+            self._fit_state(param, state, rows, group)
         update = (
-            param, grad, state["exp_avg"], state["exp_avg_sq"], max_exp_avg_sq,
+            param, grad, state["exp_avg"], state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if amsgrad else None,
             state["step"], state.get("ages"), rows, index,
         )  # fmt: skip
         return _as_real(update) if param.dtype.is_complex else update
 
-    def _init_state(self, param: Tensor, state: dict[str, Any], rows: Tensor | None) -> None:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        like = param
-        if self._compact and rows is not None:
-            like = param.new_empty((rows.numel(), *param.shape[1:]))
-            state["moment_rows"] = rows
-        dtype = _moment_dtype(param)
-        state["exp_avg"] = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-
-    # ---- checkpoints
-    # ------------------------------------------------------------------------------
+    def _fit_state(
+        self, param: Tensor, state: dict[str, Any], rows: Tensor | None, group: dict[str, Any]
+    ) -> None:
+        """Makes the state that the first step, a changed selection or a changed option asks for."""
+        if not state:
+            like = param
+            if self._compact and rows is not None:
+                like = param.new_empty((rows.numel(), *param.shape[1:]))
+                state["moment_rows"] = rows
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(like, dtype=_moment_dtype(param))
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if self._compact and state.get("moment_rows") is not rows:
+            _remap_compact(param, state, rows)
+        if rows is not None and "ages" not in state and group["inactive"] == "freeze":
+            state["ages"] = _row_ages(param, state)
+        if group["amsgrad"] and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; parameters with a selection also have `rows` and `ages` (and
@@ -349,7 +349,7 @@ class FusedMaskedAdam(Optimizer):
             param = params[key]
             selected = entry.get("rows")
             try:
-                converted[key] = _Verbatim(_fit_state(param, entry, self._compact))
+                converted[key] = _Verbatim(_loaded_state(param, entry, self._compact))
                 if selected is not None:
                     selected = _loaded_integers("rows", selected, param)
                     check_rows(selected, param)
@@ -403,8 +403,6 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
     old: Tensor | None = state.pop("moment_rows", None)
     if rows is not None:
         state["moment_rows"] = rows
-    if old is rows:
-        return
     state.setdefault("ages", _row_ages(param, state))
     num_rows = param.shape[0]
     position = torch.arange(
@@ -437,7 +435,7 @@ def _loaded_integers(name: str, values: Any, param: Tensor) -> Tensor:
     return values.to(param.device, torch.int32, copy=True)
 
 
-def _fit_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str, Any]:
+def _loaded_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str, Any]:
     """A loaded state on the parameter's device, checked, in this class's own form."""
     device = param.device
     state: dict[str, Any] = {}
