@@ -1,6 +1,8 @@
 #include "masked_adamw_cpu.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "adamw_math.h"
 #include "cpu_kernels.h"
@@ -131,6 +133,21 @@ int64_t rows_to_visit(const AdamWTensor& t, const AdamWGroup& group) {
   return t.all_selected() || group.zero_grad ? t.num_rows : t.num_selected;
 }
 
+// Rows were checked when they were set, but the tensor that holds them is the user's to write to: a few
+// microseconds for a whole model against a write out of bounds.
+void check_rows(const AdamWTensor& t) {
+  int64_t previous = -1;
+  for (int64_t i = 0; i < t.num_selected; ++i) {
+    const int64_t row = t.rows[i];
+    if (row <= previous || row >= t.num_rows) {
+      throw std::invalid_argument("rows has " + std::to_string(row) + " after " + std::to_string(previous) +
+                                  ": it must hold ascending rows of a parameter that has " +
+                                  std::to_string(t.num_rows));
+    }
+    previous = row;
+  }
+}
+
 void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& update) {
   const AdamWTensor& t = *chunk.tensor;
   const bool every_row = t.all_selected() || group.zero_grad;
@@ -169,6 +186,7 @@ void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& updat
 void masked_adamw_cpu(const std::vector<AdamWTensor>& tensors, const std::vector<AdamWGroup>& groups,
                       double grad_scale, int threads, const std::string& isa) {
   const CpuKernels& kernels = cpu_kernels(isa);
+  for (const AdamWTensor& t : tensors) check_rows(t);  // before the first change
   std::vector<Chunk> chunks;
   int64_t elements = 0;
   for (const AdamWTensor& t : tensors) {

@@ -193,7 +193,10 @@ def _as_tensor(rows: Sequence[int], device: torch.device) -> Tensor:
 
 
 def get_rows(param: Tensor) -> Tensor | None:
-    """The selected rows of `param`, int32 ascending, or None where all rows are trained."""
+    """The selected rows of `param`, int32 ascending, or None where all rows are trained.
+
+    This is the selection itself, not a copy: change it with `set_rows` only.
+    """
     selection = selection_of(param)
     return None if selection is None else selection.rows
 

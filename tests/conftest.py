@@ -17,8 +17,16 @@ if path := os.environ.get("LONGACT_TEST_NATIVE"):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["longact._native"] = module
+    # An earlier import would have brought the installed one, and pybind11 keeps the first.
+    assert "longact" not in sys.modules
+    assert os.path.samefile(module.__file__ or "", path)
 
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not in pyproject.toml: pytest would import longact before this file runs.
+    config.addinivalue_line("filterwarnings", "error::longact.LongActWarning")
 
 
 def pytest_report_header() -> list[str]:

@@ -333,6 +333,7 @@ def test_table_leaves_what_it_cannot_do_and_recovers() -> None:
     """A non-contiguous parameter is handed back untouched; made contiguous, it is taken over."""
     groups, table = make_groups(), NativeTable()
     ordinary, strided = Case((63, 65)), Case((8, 8), seed=1)
+    run([ordinary, strided], groups, 2, table=table)  # its entry must not stay behind
     transposed = tuple(t.t() if isinstance(t, Tensor) and t.dim() == 2 else t
                        for t in strided.update)  # fmt: skip
     ordinary.new_grad()

@@ -953,3 +953,37 @@ def test_any_sequence_of_operations_agrees_with_the_model(policy: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check()
+
+
+def test_rows_overwritten_in_place_are_refused_before_anything_changes() -> None:
+    """The native core would write where they point."""
+    params = [nn.Parameter(torch.ones(40, 3)) for _ in range(2)]
+    for param in params:
+        longact.set_rows(param, [1, 30])
+    optimizer = FusedMaskedAdam(params, lr=0.1)
+    set_grads(params, 0)
+    optimizer.step()
+    for bad in (41, -1, 1):
+        rows = longact.get_rows(params[1])
+        assert rows is not None
+        rows[1] = bad
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=f"rows has {bad} after 1"):
+            optimizer.step()
+        assert_same_tree(snapshot(optimizer), before)
+
+
+def test_a_compiled_step_gives_the_eager_results() -> None:
+    """Dynamo breaks the graph at the native call; what counts is that the result is the same."""
+    sides = []
+    for compiled in (False, True):
+        params = [nn.Parameter(torch.ones(6, 3)) for _ in range(2)]
+        longact.set_rows(params[0], [1, 3])
+        optimizer = FusedMaskedAdam(params, lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for seed in range(4):
+            set_grads(params, seed)
+            step()
+        sides.append(params)
+    for eager, other in zip(*sides, strict=True):
+        assert_same_bits(other, eager, "param")
