@@ -136,9 +136,7 @@ class Selection:
 
 
 def selection_of(param: Tensor) -> Selection | None:
-    # Not getattr: raising and catching an AttributeError takes longer than the rest of a small
-    # step.
-    selection: Selection | None = param.__dict__.get(_ATTRIBUTE)
+    selection: Selection | None = getattr(param, _ATTRIBUTE, None)
     return selection
 
 
