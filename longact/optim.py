@@ -405,9 +405,8 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
         state["moment_rows"] = rows
     state.setdefault("ages", _row_ages(param, state))
     num_rows = param.shape[0]
-    position = torch.arange(
-        num_rows, device=param.device
-    )  # of each row among the old moments, or -1
+    # Of each row among the old moments, or -1.
+    position = torch.arange(num_rows, device=param.device)
     if old is not None:
         position = torch.full_like(position, -1).index_copy_(0, old.long(), position[: old.numel()])
     if rows is not None:

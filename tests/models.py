@@ -12,6 +12,10 @@ import longact
 from longact.architectures import ARCHITECTURES
 
 ARCHS = sorted(ARCHITECTURES)
+# The projections of a tiny causal language model, in its own order.
+Q0, K0 = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+Q1, K1 = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
+QK = [Q0, K0, Q1, K1]
 VOCAB = 64
 PAD = 0
 

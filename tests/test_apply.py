@@ -13,6 +13,11 @@ import pytest
 import torch
 from models import (
     ARCHS,
+    K0,
+    K1,
+    Q0,
+    Q1,
+    QK,
     adam,
     assert_same_params,
     changed_rows,
@@ -28,10 +33,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import longact
 from longact.nn import SalientLinear
-
-Q0, K0 = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-Q1, K1 = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
-QK = [Q0, K0, Q1, K1]
 
 
 def snapshot(model: nn.Module) -> tuple[Any, ...]:

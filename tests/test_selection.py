@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from models import (
+    K0,
+    K1,
     PAD,
+    Q0,
+    Q1,
+    QK,
     adam,
     assert_same_params,
     changed_rows,
@@ -28,9 +33,6 @@ from torch import Tensor, nn
 
 import longact
 
-Q0, K0 = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-Q1, K1 = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
-QK = [Q0, K0, Q1, K1]
 METRICS = ["mean_abs", "rms", "max_abs"]
 
 # transformers 5.24 renamed the argument, and deprecates the name that earlier versions know.
