@@ -1,8 +1,9 @@
 """Builds the native core with CMake; all metadata is in pyproject.toml.
 
-LONGACT_CUDA=auto (default): CUDA kernels where nvcc is found, else CPU only; a build that fails
-leaves an install that runs on the PyTorch reference paths and says why (`python -m longact`).
+LONGACT_CUDA=auto (default): CUDA kernels where nvcc is found (no GPU is needed), else CPU only; a
+build that fails leaves an install that runs without what failed and says why (`python -m longact`).
 LONGACT_CUDA=0: CPU only. LONGACT_CUDA=1: CUDA kernels, or a failed install.
+LONGACT_CUDA_ARCHS="90" or "80;90": GPU architectures to build for, in place of every common one.
 """
 
 from __future__ import annotations
@@ -20,24 +21,21 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-def cuda_plan(mode: str) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and the line that says so."""
+def cuda_plan(mode: str) -> tuple[str | None, str]:
+    """The nvcc to build the CUDA kernels with, or None, and the line that says so."""
     if mode not in ("auto", "0", "1"):
         raise SystemExit(f"LONGACT_CUDA={mode!r}: use auto, 0 or 1")
     if mode == "0":
-        return False, "CPU-only build: LONGACT_CUDA=0"
+        return None, "CPU-only build: LONGACT_CUDA=0"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     search = [str(Path(home) / "bin")] if home else []
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*search, os.environ.get("PATH", "")]))
-    if nvcc is None:
-        line = "nvcc not found on PATH or under CUDA_HOME"
-    elif not list((ROOT / "csrc").glob("*.cu")):
-        line = f"nvcc found ({nvcc}), but this version of longact has no CUDA kernels yet"
-    else:
-        return True, f"CUDA build with {nvcc}"
+    if nvcc is not None:
+        return nvcc, f"CUDA build with {nvcc}"
+    line = "nvcc not found on PATH or under CUDA_HOME"
     if mode == "1":
         raise SystemExit(f"LONGACT_CUDA=1: {line}")
-    return False, f"CPU-only build: {line}"
+    return None, f"CPU-only build: {line}"
 
 
 class CMakeBuild(build_ext):  # type: ignore[misc]
@@ -45,30 +43,43 @@ class CMakeBuild(build_ext):  # type: ignore[misc]
 
     def build_extension(self, ext: Extension) -> None:
         mode = os.environ.get("LONGACT_CUDA", "auto")
-        cuda, line = cuda_plan(mode)
+        nvcc, line = cuda_plan(mode)
         print(f"longact: {line}", file=sys.stderr)
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         package.mkdir(parents=True, exist_ok=True)
         error = None
         try:
-            self.run_cmake(package, cuda)
+            try:
+                self.run_cmake(package, nvcc)
+            except (OSError, subprocess.CalledProcessError) as failure:
+                if mode == "1" or nvcc is None:
+                    raise
+                line = f"CPU-only build: the {line} failed: {failure}"
+                print(f"longact: {line}", file=sys.stderr)
+                self.run_cmake(package, None)
         except (OSError, subprocess.CalledProcessError) as failure:
             if mode == "1":
                 raise
             error = f"the native build failed when longact was installed: {failure}"
-            print(f"longact: {error}; installing the PyTorch reference paths only", file=sys.stderr)
+            print(f"longact: {error}; installing without it", file=sys.stderr)
         # Read by longact/backends.py, which tells the user what was built and why.
-        (package / "_build.json").write_text(json.dumps({"cuda": line, "error": error}) + "\n")
+        report = json.dumps({"cuda": line, "error": error}) + "\n"
+        (package / "_build.json").write_text(report)
+        if self.editable_mode:  # setuptools copies the module alone into the source folder
+            (ROOT / "longact" / "_build.json").write_text(report)
 
-    def run_cmake(self, package: Path, cuda: bool) -> None:
+    def run_cmake(self, package: Path, nvcc: str | None) -> None:
         import pybind11
 
-        build = Path(self.build_temp).resolve()
+        # A folder for each: CMake does not change a compiler that it has configured.
+        build = Path(self.build_temp).resolve() / ("cpu" if nvcc is None else "cuda")
         configure = [
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DLONGACT_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DLONGACT_CUDA={'OFF' if nvcc is None else 'ON'}",
+            *([] if nvcc is None else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
+            f"-DLONGACT_CUDA_ARCHS={os.environ.get('LONGACT_CUDA_ARCHS', '')}",
             f"-DCMAKE_INSTALL_PREFIX={package.parent}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]  # fmt: skip

@@ -25,12 +25,24 @@ struct AdamWCoefficients {
 
 namespace {
 
+// By repeated squaring: the same bits on every device, which pow() does not promise. Its error is below
+// age * 2^-53 of the power, and of 1 - beta^age far below what a float resolves.
+LONGACT_HOST_DEVICE double integer_power(double base, uint32_t exponent) {
+  double power = 1.0;
+  for (; exponent != 0; exponent >>= 1) {
+    if (exponent & 1u) power *= base;
+    base *= base;
+  }
+  return power;
+}
+
 // `age` counts this update too: 1 at a row's first one. Bias corrections are computed in double.
 template <typename T>
-inline AdamWCoefficients<T> adamw_coefficients(const AdamWGroup& group, double grad_scale,
-                                               double age) {
-  const double bias1 = 1.0 - pow(group.beta1, age);
-  const double bias2 = 1.0 - pow(group.beta2, age);
+LONGACT_HOST_DEVICE AdamWCoefficients<T> adamw_coefficients(const AdamWGroup& group, double lr,
+                                                            double grad_scale, uint32_t age) {
+  constexpr bool kIsDouble = sizeof(T) == sizeof(double);
+  const double bias1 = 1.0 - (kIsDouble ? pow(group.beta1, double(age)) : integer_power(group.beta1, age));
+  const double bias2 = 1.0 - (kIsDouble ? pow(group.beta2, double(age)) : integer_power(group.beta2, age));
   AdamWCoefficients<T> c;
   c.grad_factor = static_cast<T>((group.maximize ? -1.0 : 1.0) / grad_scale);
   c.beta1 = static_cast<T>(group.beta1);
@@ -38,8 +50,8 @@ inline AdamWCoefficients<T> adamw_coefficients(const AdamWGroup& group, double g
   c.beta2 = static_cast<T>(group.beta2);
   c.one_minus_beta2 = static_cast<T>(1.0 - group.beta2);
   c.eps = static_cast<T>(group.eps);
-  c.decay = static_cast<T>(1.0 - group.lr * group.weight_decay);
-  c.step_size = static_cast<T>(group.lr / bias1);
+  c.decay = static_cast<T>(1.0 - lr * group.weight_decay);
+  c.step_size = static_cast<T>(lr / bias1);
   c.inv_sqrt_bias2 = static_cast<T>(1.0 / sqrt(bias2));
   return c;
 }
@@ -47,21 +59,22 @@ inline AdamWCoefficients<T> adamw_coefficients(const AdamWGroup& group, double g
 LONGACT_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
 LONGACT_HOST_DEVICE double square_root(double x) { return sqrt(x); }
 
-// `kZeroGrad`: the gradient is taken as zero and not read. `kAmsgrad`: `vmax` holds the running
-// maximum of `v`, which then divides.
-template <typename T, bool kZeroGrad, bool kAmsgrad>
-LONGACT_HOST_DEVICE void adamw_element(const AdamWCoefficients<T>& c, T& p, const T* grad, T& m, T& v,
-                                       T* vmax) {
-  const T g = kZeroGrad ? T(0) : *grad * c.grad_factor;
+// `g` is the gradient times grad_factor.
+template <typename T>
+LONGACT_HOST_DEVICE void update_moments(const AdamWCoefficients<T>& c, T g, T& m, T& v) {
   m = c.beta1 * m + c.one_minus_beta1 * g;
   v = c.beta2 * v + c.one_minus_beta2 * (g * g);
-  T second = v;
-  if (kAmsgrad) {
-    // Written so that a NaN in either wins, as torch.maximum has it.
-    *vmax = (v > *vmax || v != v) ? v : *vmax;
-    second = *vmax;
-  }
-  p = c.decay * p - c.step_size * m / (square_root(second) * c.inv_sqrt_bias2 + c.eps);
+}
+
+// With amsgrad this replaces v where it divides. A NaN in either wins, as torch.maximum has it.
+template <typename T>
+LONGACT_HOST_DEVICE T running_max(T vmax, T v) {
+  return (v > vmax || v != v) ? v : vmax;
+}
+
+template <typename T>
+LONGACT_HOST_DEVICE void update_param(const AdamWCoefficients<T>& c, T& p, T m, T v) {
+  p = c.decay * p - c.step_size * m / (square_root(v) * c.inv_sqrt_bias2 + c.eps);
 }
 
 }  // namespace

@@ -44,8 +44,9 @@ void adamw_loop(const AdamWCoefficients<T>& coefficients, T* __restrict p, const
                 int64_t state_ahead) {
   const AdamWCoefficients<T> c = coefficients;  // a copy that the stores below cannot alias
   const auto update = [&](int64_t i) {
-    adamw_element<T, kZeroGrad, kAmsgrad>(c, p[i], kZeroGrad ? nullptr : g + i, m[i], v[i],
-                                          kAmsgrad ? vmax + i : nullptr);
+    update_moments(c, kZeroGrad ? T(0) : g[i] * c.grad_factor, m[i], v[i]);
+    if (kAmsgrad) vmax[i] = running_max(vmax[i], v[i]);
+    update_param(c, p[i], m[i], kAmsgrad ? vmax[i] : v[i]);
   };
   constexpr int64_t kWidth = Ahead<T>::kWidth;
   const Ahead<T> shift(n, ahead), state_shift(n, state_ahead);
@@ -86,6 +87,16 @@ void store(DType dtype, const float* __restrict from, void* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) bits[i] = float_to_bfloat16(from[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) bits[i] = float_to_float16(from[i]);
+  }
+}
+
+void store_stochastic(const RandomKey& key, int64_t first, const float* __restrict from, void* to, int64_t n) {
+  uint16_t* __restrict bits = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n;) {
+    const RandomBits random = random_bits(key, static_cast<uint64_t>(first + i) / kRandomGroup);
+    for (int lane = static_cast<int>((first + i) % kRandomGroup); lane < kRandomGroup && i < n; ++lane, ++i) {
+      bits[i] = round_to_bfloat16(from[i], bits_of_lane(random, lane));
+    }
   }
 }
 
@@ -202,7 +213,8 @@ void magnitude(Metric metric, DType dtype, const void* y, int64_t stride, const 
 
 extern const CpuKernels LONGACT_CONCAT(kCpuKernels_, LONGACT_ISA);
 const CpuKernels LONGACT_CONCAT(kCpuKernels_, LONGACT_ISA) = {
-    LONGACT_STRING(LONGACT_ISA), adamw<float>, adamw<double>, load, store, magnitude,
+    LONGACT_STRING(LONGACT_ISA), adamw<float>, adamw<double>, load, store, store_stochastic,
+    magnitude,
 };
 
 }  // namespace longact

@@ -7,6 +7,7 @@
 
 #include "adamw_math.h"
 #include "dtypes.h"
+#include "rounding.h"
 
 namespace longact {
 
@@ -27,6 +28,8 @@ struct CpuKernels {
   // bf16 and fp16 to fp32 and back; `ahead` as above.
   void (*load)(DType dtype, const void* from, float* to, int64_t n, int64_t ahead);
   void (*store)(DType dtype, const float* from, void* to, int64_t n);
+  // fp32 to bf16, rounded stochastically; `first` is the first one's index in its parameter.
+  void (*store_stochastic)(const RandomKey& key, int64_t first, const float* from, void* to, int64_t n);
 
   // total[c] (op)= |y[t, c]| or y^2, over the tokens whose mask byte is not 0 (mask null: all).
   // `stride`: elements between two tokens.

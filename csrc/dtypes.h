@@ -15,7 +15,7 @@ namespace longact {
 // The codes are part of the Python interface (longact/backends.py: DTYPE_CODES).
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-constexpr int64_t dtype_size(DType dtype) {
+LONGACT_HOST_DEVICE constexpr int64_t dtype_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 

@@ -13,7 +13,7 @@ namespace {
 // A piece of one tensor: elements [begin, end) of a flat tensor, or positions [begin, end) in the
 // sequence of rows to visit.
 struct Chunk {
-  const AdamWTensor* tensor;
+  size_t tensor;
   int64_t begin, end;
 };
 
@@ -23,41 +23,41 @@ constexpr int64_t kBlock = 1024;           // staged in L1 where a buffer is not
 // Consecutive rows that share age and presence of a gradient.
 struct Span {
   int64_t row, state_row, rows;
-  double age;
+  uint32_t age;
   bool has_grad;
 };
 
 // Updates consecutive elements of one tensor.
 class SpanUpdater {
  public:
-  SpanUpdater(const CpuKernels& kernels, const AdamWTensor& tensor, const AdamWGroup& group,
-              double grad_scale)
-      : kernels_(kernels), tensor_(tensor), group_(group), grad_scale_(grad_scale) {}
+  SpanUpdater(const CpuKernels& kernels, const AdamWTensor& tensor, const void* grad,
+              const AdamWGroup& group, double grad_scale)
+      : kernels_(kernels), tensor_(tensor), grad_(grad), group_(group), grad_scale_(grad_scale) {}
 
   // `offset`: the first element in the parameter, `state_offset`: the same in the moments; `ahead` and
   // `state_ahead`: how much further the next call's elements lie, or 0.
-  void operator()(int64_t offset, int64_t state_offset, int64_t n, double age, bool has_grad,
+  void operator()(int64_t offset, int64_t state_offset, int64_t n, uint32_t age, bool has_grad,
                   int64_t ahead, int64_t state_ahead) {
     const AdamWTensor& t = tensor_;
     const bool is_double = t.param_dtype == DType::kFloat64;
     if (age != age_) {
       age_ = age;
       if (is_double) {
-        c64_ = adamw_coefficients<double>(group_, grad_scale_, age);
+        c64_ = adamw_coefficients<double>(group_, group_.lr, grad_scale_, age);
       } else {
-        c32_ = adamw_coefficients<float>(group_, grad_scale_, age);
+        c32_ = adamw_coefficients<float>(group_, group_.lr, grad_scale_, age);
       }
     }
     if (is_double) {
       kernels_.adamw_f64(c64_, at<double>(t.param, offset),
-                         has_grad ? at<const double>(t.grad, offset) : nullptr,
+                         has_grad ? at<const double>(grad_, offset) : nullptr,
                          at<double>(t.exp_avg, state_offset), at<double>(t.exp_avg_sq, state_offset),
                          at<double>(t.max_exp_avg_sq, state_offset), n, ahead, state_ahead);
       return;
     }
     if (!staged()) {
       kernels_.adamw_f32(c32_, at<float>(t.param, offset),
-                         has_grad ? at<const float>(t.grad, offset) : nullptr,
+                         has_grad ? at<const float>(grad_, offset) : nullptr,
                          at<float>(t.exp_avg, state_offset), at<float>(t.exp_avg_sq, state_offset),
                          at<float>(t.max_exp_avg_sq, state_offset), n, ahead, state_ahead);
       return;
@@ -81,7 +81,7 @@ class SpanUpdater {
   }
 
   bool staged() const {
-    return tensor_.param_dtype != DType::kFloat32 || tensor_.grad_dtype != DType::kFloat32 ||
+    return tensor_.param_dtype != DType::kFloat32 || tensor_.master != nullptr || tensor_.grad_dtype != DType::kFloat32 ||
            tensor_.moment_dtype != DType::kFloat32;
   }
 
@@ -102,14 +102,20 @@ class SpanUpdater {
   void update_block(int64_t offset, int64_t state_offset, int64_t n, bool has_grad, int64_t ahead,
                     int64_t state_ahead) {
     const AdamWTensor& t = tensor_;
-    float* p = stage(t.param_dtype, t.param, offset, n, ahead, blocks_[0]);
-    const float* g = has_grad ? stage(t.grad_dtype, t.grad, offset, n, ahead, blocks_[1]) : nullptr;
+    float* p = t.master != nullptr ? t.master + state_offset
+                                   : stage(t.param_dtype, t.param, offset, n, ahead, blocks_[0]);
+    const float* g = has_grad ? stage(t.grad_dtype, grad_, offset, n, ahead, blocks_[1]) : nullptr;
     float* m = stage(t.moment_dtype, t.exp_avg, state_offset, n, state_ahead, blocks_[2]);
     float* v = stage(t.moment_dtype, t.exp_avg_sq, state_offset, n, state_ahead, blocks_[3]);
     float* vmax = stage(t.moment_dtype, t.max_exp_avg_sq, state_offset, n, state_ahead, blocks_[4]);
     // A block in L1 has nothing to ask for; asking next to it does no harm.
     kernels_.adamw_f32(c32_, p, g, m, v, vmax, n, ahead, state_ahead);
-    unstage(t.param_dtype, t.param, offset, n, p);
+    if (group_.stochastic && t.master == nullptr && t.param_dtype == DType::kBFloat16) {
+      const RandomKey key{group_.seed, t.key, static_cast<uint32_t>(*t.step)};
+      kernels_.store_stochastic(key, offset, p, static_cast<uint16_t*>(t.param) + offset, n);
+    } else {
+      unstage(t.param_dtype, t.param, offset, n, p);
+    }
     unstage(t.moment_dtype, t.exp_avg, state_offset, n, m);
     unstage(t.moment_dtype, t.exp_avg_sq, state_offset, n, v);
     unstage(t.moment_dtype, t.max_exp_avg_sq, state_offset, n, vmax);
@@ -117,21 +123,14 @@ class SpanUpdater {
 
   const CpuKernels& kernels_;
   const AdamWTensor& tensor_;
+  const void* const grad_;
   const AdamWGroup& group_;
   const double grad_scale_;
-  double age_ = -1.0;
+  uint32_t age_ = 0;  // of the coefficients; ages start at 1
   AdamWCoefficients<float> c32_;
   AdamWCoefficients<double> c64_;
   alignas(64) float blocks_[5][kBlock];
 };
-
-// Without rows or ages every element has the same coefficients.
-bool is_flat(const AdamWTensor& t) { return t.all_selected() && t.ages == nullptr; }
-
-// zero_grad visits every row, freeze only the selected ones.
-int64_t rows_to_visit(const AdamWTensor& t, const AdamWGroup& group) {
-  return t.all_selected() || group.zero_grad ? t.num_rows : t.num_selected;
-}
 
 // Rows were checked when they were set, but the tensor that holds them is the user's to write to: a few
 // microseconds for a whole model against a write out of bounds.
@@ -148,8 +147,7 @@ void check_rows(const AdamWTensor& t) {
   }
 }
 
-void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& update) {
-  const AdamWTensor& t = *chunk.tensor;
+void update_rows(const Chunk& chunk, const AdamWTensor& t, const AdamWGroup& group, SpanUpdater& update) {
   const bool every_row = t.all_selected() || group.zero_grad;
   const bool zeros = !t.all_selected() && group.zero_grad;
   const int32_t* last = zeros ? t.rows + t.num_selected : nullptr;
@@ -162,7 +160,7 @@ void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& updat
     const int64_t state_row = t.compact ? i : row;
     const bool has_grad = !zeros || (next != last && *next == row);
     if (zeros && has_grad) ++next;
-    const double age = t.ages != nullptr ? ++t.ages[state_row] : *t.step;
+    const uint32_t age = static_cast<uint32_t>(t.ages != nullptr ? ++t.ages[state_row] : *t.step);
     if (!spans.empty()) {
       Span& span = spans.back();
       if (row == span.row + span.rows && age == span.age && has_grad == span.has_grad) {
@@ -183,34 +181,37 @@ void update_rows(const Chunk& chunk, const AdamWGroup& group, SpanUpdater& updat
 
 }  // namespace
 
-void masked_adamw_cpu(const std::vector<AdamWTensor>& tensors, const std::vector<AdamWGroup>& groups,
-                      double grad_scale, int threads, const std::string& isa) {
+void masked_adamw_cpu(const std::vector<AdamWTensor>& tensors, const std::vector<const void*>& grads,
+                      const std::vector<AdamWGroup>& groups, double grad_scale, int threads,
+                      const std::string& isa) {
   const CpuKernels& kernels = cpu_kernels(isa);
   for (const AdamWTensor& t : tensors) check_rows(t);  // before the first change
   std::vector<Chunk> chunks;
   int64_t elements = 0;
-  for (const AdamWTensor& t : tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const AdamWTensor& t = tensors[i];
     if (t.step == nullptr) continue;
     *t.step += 1.0f;
-    const bool flat = is_flat(t);
-    const int64_t length = flat ? t.num_rows * t.row_len : rows_to_visit(t, groups[t.group]);
-    const int64_t chunk = flat ? kChunkElements : std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, t.row_len));
+    const int64_t row_len = t.flat() ? 1 : t.row_len;
+    const int64_t length = t.flat() ? t.num_rows * t.row_len : t.rows_to_visit(groups[t.group].zero_grad);
+    const int64_t chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, row_len));
     for (int64_t begin = 0; begin < length; begin += chunk) {
-      chunks.push_back({&t, begin, std::min(length, begin + chunk)});
+      chunks.push_back({i, begin, std::min(length, begin + chunk)});
     }
-    elements += flat ? length : length * t.row_len;
+    elements += length * row_len;
   }
   const int64_t count = static_cast<int64_t>(chunks.size());
   threads = static_cast<int>(std::min<int64_t>(threads, 1 + elements / kChunkElements));
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < count; ++i) {
     const Chunk& chunk = chunks[i];
-    const AdamWTensor& t = *chunk.tensor;
-    SpanUpdater update(kernels, t, groups[t.group], grad_scale);
-    if (is_flat(t)) {
-      update(chunk.begin, chunk.begin, chunk.end - chunk.begin, *t.step, true, 0, 0);
+    const AdamWTensor& t = tensors[chunk.tensor];
+    const AdamWGroup& group = groups[t.group];
+    SpanUpdater update(kernels, t, grads[chunk.tensor], group, grad_scale);
+    if (t.flat()) {
+      update(chunk.begin, chunk.begin, chunk.end - chunk.begin, static_cast<uint32_t>(*t.step), true, 0, 0);
     } else {
-      update_rows(chunk, groups[t.group], update);
+      update_rows(chunk, t, group, update);
     }
   }
 }

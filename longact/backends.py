@@ -6,14 +6,15 @@ native module, or the reason for its absence.
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
+import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-__all__ = ["DTYPE_CODES", "backends", "native", "native_error"]
+__all__ = ["DTYPE_CODES", "adamw_backend", "backends", "native", "native_error"]
 
 #: Storage types of the native core (csrc/dtypes.h).
 DTYPE_CODES: dict[torch.dtype, int] = {
@@ -24,13 +25,21 @@ DTYPE_CODES: dict[torch.dtype, int] = {
 }
 
 
+def _build_report(key: str) -> str | None:
+    """What setup.py wrote down when it built."""
+    try:
+        report: dict[str, str | None] = json.loads(
+            (Path(__file__).parent / "_build.json").read_text()
+        )
+        return report[key]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _why_not_native(error: ImportError) -> str:
     """What setup.py wrote down when it built, or the likeliest reason otherwise."""
     package = Path(__file__).parent
-    try:
-        failure: str | None = json.loads((package / "_build.json").read_text())["error"]
-    except (OSError, ValueError, KeyError):
-        failure = None
+    failure = _build_report("error")
     if failure is not None:
         return failure
     if not any(package.glob("_native.*so")):
@@ -54,26 +63,65 @@ native_error: str | None
 native, native_error = _load()
 
 
+def _on_cpu() -> tuple[str, str]:
+    if native is None:
+        return "reference", native_error or ""
+    return "native", f"{native.instruction_sets()[0]}, {'OpenMP' if native.openmp else '1 thread'}"
+
+
+_ON_CPU = _on_cpu()
+
+
+def _why_not_native_cuda(index: int) -> str | None:
+    if native is None:
+        return native_error
+    if native.cuda is None:
+        return f"built without CUDA ({_build_report('cuda') or 'no report of the build'})"
+    if torch.version.hip is not None:
+        return "this torch is for ROCm"
+    reason: str = native.cuda_unusable(index)
+    return reason or None
+
+
+@functools.cache
+def adamw_backend(device: torch.device) -> tuple[str, str]:
+    """What `masked_adamw_` runs on there: "native", "triton" or "reference"; and why, or what."""
+    if device.type == "cpu":
+        return _ON_CPU
+    why = None
+    if device.type == "cuda":
+        why = _why_not_native_cuda(device.index or 0)
+        if why is None:
+            assert native is not None
+            return "native", native.cuda
+    if device.type in ("cuda", "xpu"):
+        if importlib.util.find_spec("triton") is not None:
+            return "triton", why or f"no native kernels for {device.type}"
+        return "reference", f"{why}; and Triton is not installed"
+    return "reference", f"no kernels for {device.type}"
+
+
 def backends() -> dict[str, dict[str, str]]:
     """What each op runs on here and why.
 
     Returns:
-        `{op: {"cpu": ..., "cuda": ...}}`: for each device type the backend's name, followed by the
-        reason wherever it is not the fastest one that the op has.
+        `{op: {"cpu": ..., "cuda": ...}}`: for each device type the backend's name, followed by what
+        it uses, or by the reason wherever it is not the fastest one that the op has.
     """
-    if native is not None:
-        cpu = (
-            f"native ({native.instruction_sets()[0]}, {'OpenMP' if native.openmp else '1 thread'})"
-        )
-    else:
-        cpu = f"reference: {native_error}"
-    cuda = f"reference: no CUDA kernels in longact {importlib.metadata.version('longact')}"
+
+    def text(backend: tuple[str, str]) -> str:
+        name, detail = backend
+        return f"{name} ({detail})" if name == "native" else f"{name}: {detail}"
+
+    cpu, cuda = (text(adamw_backend(torch.device(kind))) for kind in ("cpu", "cuda"))
+    reference = "reference: no CUDA kernels of this op yet"
     if not torch.cuda.is_available():
-        cuda += "; and torch finds no CUDA device"
+        no_device = "; and torch finds no CUDA device"
+        cuda, reference = cuda + no_device, reference + no_device
     torch_ops = "torch (this op is made of torch's own kernels)"
     return {
         "masked_adamw_": {"cpu": cpu, "cuda": cuda},
-        "channel_magnitude": {"cpu": cpu, "cuda": cuda},
+        "channel_magnitude": {"cpu": cpu, "cuda": reference},
         "topk_rows": {"cpu": torch_ops, "cuda": torch_ops},
         "row_grad": {"cpu": torch_ops, "cuda": torch_ops},
     }

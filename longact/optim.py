@@ -11,20 +11,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from longact.backends import native, native_error
-from longact.kernels.masked_adamw import (
-    AdamWGroup,
-    NativeTable,
-    ParamUpdate,
-    check_update,
-    dispatch,
-    reference,
-)
+from longact.kernels.masked_adamw import AdamWGroup, NativeTable, ParamUpdate, dispatch
 from longact.rows import check_rows
 from longact.selection import Selection, after_step, before_step, selection_of, set_rows
 
 __all__ = ["FusedMaskedAdam"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class _Verbatim:
@@ -42,14 +36,17 @@ class FusedMaskedAdam(Optimizer):
 
     A parameter without a selection is updated as AdamW does. Of one with a selection (from
     :func:`longact.apply` or :func:`longact.set_rows`) only the selected rows change, each with its
-    own age for the bias correction; the gradient of the other rows is not read. All parameters go
-    in one native call, where the native core supports them (contiguous, fp32, bf16, fp16 or fp64);
-    moments of bf16 and fp16 parameters are fp32. The formulas are in docs/algorithm.md.
+    own age for the bias correction; the gradient of the other rows is not read. All parameters of a
+    device go in one native call (on a GPU: one kernel launch), where the native core supports them
+    (contiguous, fp32, bf16 or fp16; on the CPU also fp64). The formulas are in docs/algorithm.md.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in AdamW; `lr` may be a tensor.
         foreach, fused: accepted and without effect: there is one implementation, which is fused.
-        capturable: accepted; there are no CUDA kernels to capture yet.
+        capturable: `step()` can be captured into a CUDA graph. An lr tensor on the GPU is read at
+            each replay, and so are the selected rows: :func:`longact.set_rows` between two replays
+            takes effect without a new capture. Run `step()` once before the capture. Not with
+            `state="compact"`, whose moments move when the selection changes.
         differentiable: not supported, True is refused.
         inactive: `"freeze"` (default): unselected rows keep every bit of weight, moments and age.
             `"zero_grad"`: they are updated with a gradient of zero (weight decay and momentum go
@@ -58,10 +55,19 @@ class FusedMaskedAdam(Optimizer):
             with AdamW both ways. `"compact"`: moments of the selected rows only, keep_ratio of the
             memory; rows that leave the selection lose their moments, rows that enter start at age
             0.
-        backend: None chooses; `"native"` or `"reference"` forces, and raises where it cannot run.
+        master_weights: bf16 and fp16 parameters are trained in fp32 copies of them, kept with the
+            moments (of the selected rows only in compact state) and rounded into the parameter.
+        stochastic_rounding: bf16 parameters are rounded up or down at random, so that small updates
+            are right on average; no copies. The random bits depend on `seed`, the parameter's
+            position in the optimizer, its step and the element alone: equal on every
+            device and data-parallel rank.
+        seed: of stochastic rounding.
+        moment_dtype: of the moments of bf16 and fp16 parameters; None: `torch.float32`. With
+            `torch.bfloat16` the moments of fp32 parameters are bf16 too.
+        backend: None chooses; `"native"`, `"triton"` or `"reference"` forces.
 
     Raises:
-        ValueError: an argument out of range, or `state="compact"` with `inactive="zero_grad"`.
+        ValueError: an argument out of range, or two that exclude each other.
         RuntimeError: `backend="native"` without a native build.
     """
 
@@ -84,17 +90,35 @@ class FusedMaskedAdam(Optimizer):
         fused: bool | None = None,
         inactive: Literal["freeze", "zero_grad"] = "freeze",
         state: Literal["full", "compact"] = "full",
-        backend: Literal["native", "reference"] | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        moment_dtype: torch.dtype | None = None,
+        backend: Literal["native", "triton", "reference"] | None = None,
     ) -> None:
         if state not in ("full", "compact"):
             raise ValueError(f"state={state!r}: use 'full' or 'compact'")
-        if backend not in (None, "native", "reference"):
-            raise ValueError(f"backend={backend!r}: use None, 'native' or 'reference'")
+        if backend not in (None, "native", "triton", "reference"):
+            raise ValueError(f"backend={backend!r}: use None, 'native', 'triton' or 'reference'")
         if backend == "native" and native is None:
             raise RuntimeError(f"backend='native' cannot run here: {native_error}")
+        if master_weights and stochastic_rounding:
+            raise ValueError(
+                "master_weights=True and stochastic_rounding=True: use one; a master keeps exactly "
+                "what stochastic rounding keeps on average"
+            )
+        if moment_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"moment_dtype={moment_dtype}: use None, torch.float32 or torch.bfloat16"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed!r}: use an integer from 0 to 2**64 - 1")
         self._compact = state == "compact"
+        self._master_weights = master_weights
+        self._seed = seed if stochastic_rounding else None
+        self._moment_dtype = moment_dtype
         self._backend = backend
-        self._table: NativeTable | None = None
+        self._tables: dict[torch.device, NativeTable] = {}
         defaults = {
             "lr": lr,
             "betas": tuple(float(b) for b in betas),
@@ -137,6 +161,11 @@ class FusedMaskedAdam(Optimizer):
                 "state='compact' keeps no moments of unselected rows, which inactive='zero_grad' "
                 "updates: use state='full', or inactive='freeze'"
             )
+        if self._compact and group["capturable"]:
+            raise ValueError(
+                "capturable=True with state='compact': a change of the selection moves compact "
+                "moments, which no replay can do; use state='full'"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "betas" in param_group:
@@ -151,6 +180,8 @@ class FusedMaskedAdam(Optimizer):
         """One update. Returns the closure's loss, if there is one.
 
         A step that fails for bad input, or that GradScaler's `found_inf` skips, changes nothing.
+        Nothing waits for a GPU: there `found_inf`, `grad_scale` and lr tensors are read by the
+        kernel, and a skipped step is not known here, so that the selection moves on after it.
 
         Raises:
             RuntimeError: a sparse gradient.
@@ -168,8 +199,8 @@ class FusedMaskedAdam(Optimizer):
             return loss
 
         # Weight and bias of a projection share one selection.
-        selections = list({id(s): s for _, _, s, _ in pairs if s is not None}.values())
-        if found_inf is not None and float(found_inf) != 0.0:
+        selections = list({id(s): s for _, _, s, *_ in pairs if s is not None}.values())
+        if found_inf is not None and found_inf.is_cpu and float(found_inf) != 0.0:
             for selection in selections:
                 selection.union_is_new = True  # this step's forwards are dropped with it
             return loss
@@ -185,20 +216,19 @@ class FusedMaskedAdam(Optimizer):
                 group["weight_decay"],
                 group["maximize"],
                 group["inactive"] == "zero_grad",
+                self._seed,
             )
             for group in self.param_groups
         ]
-        scale = 1.0 if grad_scale is None else grad_scale
         try:
-            if self._backend == "reference":
-                for update in updates:
-                    check_update(update, groups[update[-1]].zero_grad)
-                for update in updates:
-                    reference(update, groups[update[-1]], scale)
-            else:
-                if self._table is None and native is not None:
-                    self._table = NativeTable()
-                dispatch(updates, groups, scale, self._table)
+            dispatch(
+                updates,
+                groups,
+                1.0 if grad_scale is None else grad_scale,
+                found_inf,
+                tables=self._tables,
+                backend=self._backend,
+            )
         except ValueError:  # from the checks, which come before the first change
             for state, old in undo:
                 state.clear()
@@ -207,15 +237,20 @@ class FusedMaskedAdam(Optimizer):
         after_step(selections)
         return loss
 
-    def _parameters_with_grad(self) -> list[tuple[Tensor, Tensor, Selection | None, int]]:
-        """(parameter, gradient, selection, group index), checked before anything changes."""
-        pairs = [
-            (param, grad, selection_of(param), index)
-            for index, group in enumerate(self.param_groups)
-            for param in group["params"]
-            if (grad := param.grad) is not None
-        ]
-        for param, grad, selection, _ in pairs:
+    def _parameters_with_grad(self) -> list[tuple[Tensor, Tensor, Selection | None, int, int]]:
+        """(parameter, gradient, selection, position, group index), checked before anything
+        changes."""
+        pairs = []
+        start = 0
+        for index, group in enumerate(self.param_groups):
+            params = group["params"]
+            pairs += [
+                (param, grad, selection_of(param), position, index)
+                for position, param in enumerate(params, start)
+                if (grad := param.grad) is not None
+            ]
+            start += len(params)
+        for param, grad, selection, *_ in pairs:
             if selection is not None and hasattr(param, "device_mesh"):
                 raise NotImplementedError(
                     f"{self._name_of(param)} is a sharded DTensor with a selection: longact trains "
@@ -243,6 +278,7 @@ class FusedMaskedAdam(Optimizer):
         param: Tensor,
         grad: Tensor,
         selection: Selection | None,
+        position: int,
         index: int,
         undo: list[tuple[dict[str, Any], dict[str, Any]]],
     ) -> ParamUpdate:
@@ -252,20 +288,25 @@ class FusedMaskedAdam(Optimizer):
         rows = None if selection is None else selection.rows
         if rows is not None and rows.device != param.device:
             assert selection is not None
-            rows = selection.rows = rows.to(param.device)
+            rows = rows.to(param.device)
+            selection.choose(rows)
         amsgrad = group["amsgrad"]
         if (
             not state
             or (self._compact and state.get("moment_rows") is not rows)
             or (rows is not None and "ages" not in state and group["inactive"] == "freeze")
             or (amsgrad and "max_exp_avg_sq" not in state)
+            or (self._master_weights and "master" not in state and param.dtype in _HALF)
         ):
             undo.append((state, dict(state)))
             self._fit_state(param, state, rows, group)
+        if rows is not None and group["capturable"] and not param.is_cpu:
+            assert selection is not None
+            rows = selection.buffer_for(param)
         update = (
             param, grad, state["exp_avg"], state["exp_avg_sq"],
             state["max_exp_avg_sq"] if amsgrad else None,
-            state["step"], state.get("ages"), rows, index,
+            state["step"], state.get("ages"), rows, state.get("master"), position, index,
         )  # fmt: skip
         return _as_real(update) if param.dtype.is_complex else update
 
@@ -279,7 +320,7 @@ class FusedMaskedAdam(Optimizer):
                 like = param.new_empty((rows.numel(), *param.shape[1:]))
                 state["moment_rows"] = rows
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(like, dtype=_moment_dtype(param))
+            state["exp_avg"] = torch.zeros_like(like, dtype=self._dtype_of_moments(param))
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if self._compact and state.get("moment_rows") is not rows:
             _remap_compact(param, state, rows)
@@ -287,6 +328,17 @@ class FusedMaskedAdam(Optimizer):
             state["ages"] = _row_ages(param, state)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+        if self._has_master(param) and "master" not in state:
+            state["master"] = _master_of(param, state.get("moment_rows"))
+
+    def _has_master(self, param: Tensor) -> bool:
+        return self._master_weights and param.dtype in _HALF
+
+    def _dtype_of_moments(self, param: Tensor) -> torch.dtype:
+        """fp32 moments for 16-bit parameters, else the parameter's own type; or moment_dtype."""
+        if param.dtype in _HALF:
+            return self._moment_dtype or torch.float32
+        return self._moment_dtype or param.dtype if param.dtype == torch.float32 else param.dtype
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; parameters with a selection also have `rows` and `ages` (and
@@ -349,7 +401,7 @@ class FusedMaskedAdam(Optimizer):
             param = params[key]
             selected = entry.get("rows")
             try:
-                converted[key] = _Verbatim(_loaded_state(param, entry, self._compact))
+                converted[key] = _Verbatim(self._loaded_state(param, entry))
                 if selected is not None:
                     selected = _loaded_integers("rows", selected, param)
                     check_rows(selected, param)
@@ -360,12 +412,63 @@ class FusedMaskedAdam(Optimizer):
             set_rows(param, selected)
         return {**state_dict, "state": converted}
 
+    def _loaded_state(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        """A loaded state on the parameter's device, checked, in this optimizer's own form."""
+        device = param.device
+        state: dict[str, Any] = {}
+        entry = {key: value for key, value in entry.items() if key != "rows"}
+        step = entry.pop("step", None)
+        if step is None:
+            raise ValueError("has no 'step': it is not a state of Adam or AdamW")
+        step = torch.as_tensor(step, dtype=torch.float32)
+        if step.numel() != 1:
+            raise ValueError(f"step has shape {[*step.shape]}: it must be one number")
+        state["step"] = step.to(device, copy=True).reshape(())
+        moment_rows = entry.pop("moment_rows", None)
+        like = torch.empty_like(param, dtype=self._dtype_of_moments(param))
+        if moment_rows is not None:
+            moment_rows = _loaded_integers("moment_rows", moment_rows, param)
+            check_rows(moment_rows, param)
+            like = like.new_empty((moment_rows.numel(), *param.shape[1:]))
+        for key in _MOMENTS:
+            value = entry.pop(key, None)
+            if value is None:
+                if key != "max_exp_avg_sq":
+                    raise ValueError(f"has no {key!r}: it is not a state of Adam or AdamW")
+                continue
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{key} is {value!r}: it must be a tensor")
+            kind = (value.shape, value.is_floating_point(), value.is_complex())
+            if kind != (like.shape, like.is_floating_point(), like.is_complex()):
+                raise ValueError(
+                    f"{key} is {value.dtype} {[*value.shape]}, the parameter needs {like.dtype} "
+                    f"{[*like.shape]}: the checkpoint belongs to another model"
+                )
+            state[key] = torch.empty_like(like).copy_(value)
+        master = entry.pop("master", None)
+        if master is not None and self._has_master(param):
+            if not isinstance(master, Tensor) or master.shape != like.shape:
+                shape = [*master.shape] if isinstance(master, Tensor) else master
+                raise ValueError(f"master has shape {shape}, the moments {[*like.shape]}")
+            state["master"] = torch.empty_like(like, dtype=torch.float32).copy_(master)
+        ages = entry.pop("ages", None)
+        if ages is not None:
+            state["ages"] = _loaded_integers("ages", ages, param)
+            if ages.shape != like.shape[:1]:
+                raise ValueError(f"ages has shape {[*ages.shape]}, the moments {[*like.shape]}")
+        if moment_rows is not None:
+            state["moment_rows"] = moment_rows
+            if not self._compact:
+                _remap_compact(param, state, None)
+        return {**state, **entry}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compact": self._compact, "_backend": self._backend}
+        options = ("_compact", "_master_weights", "_seed", "_moment_dtype", "_backend")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in options}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._table = None
+        self._tables = {}
         for param, entry in self.state.items():
             if isinstance(entry, _Verbatim):
                 self.state[param] = entry.state
@@ -377,16 +480,11 @@ class FusedMaskedAdam(Optimizer):
 
 def _as_real(update: ParamUpdate) -> ParamUpdate:
     """A complex parameter is a real one with a last dimension of 2, as AdamW has it."""
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, index = update
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq = update[:5]
     view = torch.view_as_real
     maximum = None if max_exp_avg_sq is None else view(max_exp_avg_sq)
     grad = view(grad.resolve_conj())
-    return view(param), grad, view(exp_avg), view(exp_avg_sq), maximum, step, ages, rows, index
-
-
-def _moment_dtype(param: Tensor) -> torch.dtype:
-    """fp32 moments for 16-bit parameters, else the parameter's own type."""
-    return torch.float32 if param.dtype in (torch.bfloat16, torch.float16) else param.dtype
+    return view(param), grad, view(exp_avg), view(exp_avg_sq), maximum, *update[5:]
 
 
 def _row_ages(param: Tensor, state: dict[str, Any]) -> Tensor:
@@ -395,28 +493,41 @@ def _row_ages(param: Tensor, state: dict[str, Any]) -> Tensor:
     return ages.expand(state["exp_avg"].shape[0]).clone()
 
 
+def _master_of(param: Tensor, rows: Tensor | None) -> Tensor:
+    picked = param if rows is None else param.index_select(0, rows.long())
+    return picked.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) -> None:
     """Makes compact moments follow the selection.
 
-    Rows that stay keep moments and age, rows that enter start at zero, rows that leave are dropped.
+    Rows that stay keep moments, age and master, rows that leave are dropped, rows that enter start
+    at zero, their master at the parameter.
     """
     old: Tensor | None = state.pop("moment_rows", None)
     if rows is not None:
         state["moment_rows"] = rows
     state.setdefault("ages", _row_ages(param, state))
-    num_rows = param.shape[0]
-    # Of each row among the old moments, or -1.
-    position = torch.arange(num_rows, device=param.device)
+    # Of each row among the old moments, or -1. Nothing here waits for a GPU.
+    position = torch.arange(param.shape[0], device=param.device)
     if old is not None:
         position = torch.full_like(position, -1).index_copy_(0, old.long(), position[: old.numel()])
     if rows is not None:
         position = position[rows.long()]
-    stays = (position >= 0).nonzero().squeeze(1)
-    for key in (*_MOMENTS, "ages"):
-        if key in state:
-            kept = state[key].index_select(0, position[stays])
-            moved = kept.new_zeros((position.numel(), *kept.shape[1:]))
-            state[key] = moved.index_copy_(0, stays, kept)
+    stays, position = position >= 0, position.clamp(min=0)
+    for key in (*_MOMENTS, "ages", "master"):
+        if key not in state:
+            continue
+        before = state[key]
+        entering = (
+            _master_of(param, rows)
+            if key == "master"
+            else before.new_zeros((position.numel(), *before.shape[1:]))
+        )
+        if before.shape[0] > 0:
+            mask = stays.view(-1, *[1] * (before.dim() - 1))
+            entering = torch.where(mask, before.index_select(0, position), entering)
+        state[key] = entering
 
 
 def _loaded_integers(name: str, values: Any, param: Tensor) -> Tensor:
@@ -432,48 +543,3 @@ def _loaded_integers(name: str, values: Any, param: Tensor) -> Tensor:
     if bool(((exact != exact.trunc()) | (exact.abs() > limit)).any()):
         raise ValueError(f"{name} is {values.dtype} and not exact: pass int32")
     return values.to(param.device, torch.int32, copy=True)
-
-
-def _loaded_state(param: Tensor, entry: dict[str, Any], compact: bool) -> dict[str, Any]:
-    """A loaded state on the parameter's device, checked, in this class's own form."""
-    device = param.device
-    state: dict[str, Any] = {}
-    entry = {key: value for key, value in entry.items() if key != "rows"}
-    step = entry.pop("step", None)
-    if step is None:
-        raise ValueError("has no 'step': it is not a state of Adam or AdamW")
-    step = torch.as_tensor(step, dtype=torch.float32)
-    if step.numel() != 1:
-        raise ValueError(f"step has shape {[*step.shape]}: it must be one number")
-    state["step"] = step.to(device, copy=True).reshape(())
-    moment_rows = entry.pop("moment_rows", None)
-    like = torch.empty_like(param, dtype=_moment_dtype(param))
-    if moment_rows is not None:
-        moment_rows = _loaded_integers("moment_rows", moment_rows, param)
-        check_rows(moment_rows, param)
-        like = like.new_empty((moment_rows.numel(), *param.shape[1:]))
-    for key in _MOMENTS:
-        value = entry.pop(key, None)
-        if value is None:
-            if key != "max_exp_avg_sq":
-                raise ValueError(f"has no {key!r}: it is not a state of Adam or AdamW")
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{key} is {value!r}: it must be a tensor")
-        kind = (value.shape, value.is_floating_point(), value.is_complex())
-        if kind != (like.shape, like.is_floating_point(), like.is_complex()):
-            raise ValueError(
-                f"{key} is {value.dtype} {[*value.shape]}, the parameter needs {like.dtype} "
-                f"{[*like.shape]}: the checkpoint belongs to another model"
-            )
-        state[key] = torch.empty_like(like).copy_(value)
-    ages = entry.pop("ages", None)
-    if ages is not None:
-        state["ages"] = _loaded_integers("ages", ages, param)
-        if ages.shape != like.shape[:1]:
-            raise ValueError(f"ages has shape {[*ages.shape]}, the moments {[*like.shape]}")
-    if moment_rows is not None:
-        state["moment_rows"] = moment_rows
-        if not compact:
-            _remap_compact(param, state, None)
-    return {**state, **entry}

@@ -71,7 +71,9 @@ class SelectionConfig:
 class Selection:
     """The selected rows of one projection, and what the next choice is made from."""
 
-    rows: Tensor | None = None  # int32, ascending; None: all
+    rows: Tensor | None = None  # int32, ascending; None: all. Written by `choose` only
+    # For captured steps: how many rows, then the rows, then room for all; int32 [channels + 1].
+    buffer: Tensor | None = None
     config: SelectionConfig | None = None  # None: rows are set by hand only
     name: str = ""
     kind: str = ""  # projections of one kind (q, k) are ranked together by scope="model"
@@ -83,6 +85,29 @@ class Selection:
     # refresh_every="forward": channels selected by any forward since the last step; bool [channels]
     union: Tensor | None = None
     union_is_new: bool = field(default=True)
+
+    def choose(self, rows: Tensor | None) -> None:
+        self.rows = rows
+        if self.buffer is not None:
+            self._fill_buffer()
+
+    def buffer_for(self, param: Tensor) -> Tensor:
+        """The rows in a place that stays, for captured steps; they may not be None."""
+        size = param.shape[0] + 1
+        buffer = self.buffer
+        if buffer is None or buffer.device != param.device or buffer.numel() != size:
+            self.buffer = torch.zeros(size, dtype=torch.int32, device=param.device)
+            self._fill_buffer()
+        assert self.buffer is not None
+        return self.buffer
+
+    def _fill_buffer(self) -> None:
+        assert self.buffer is not None
+        rows = self.rows
+        if rows is None:  # all of them: a captured step with rows stays one
+            rows = torch.arange(self.buffer.numel() - 1, device=self.buffer.device)
+        self.buffer[:1].fill_(rows.numel())
+        self.buffer[1 : 1 + rows.numel()].copy_(rows)
 
     def observe(self, y: Tensor, token_mask: Tensor | None) -> Tensor:
         """Counts one forward's output `[tokens, channels]`; returns its own totals, fp32."""
@@ -174,7 +199,7 @@ def set_rows(param: Tensor, rows: Tensor | Sequence[int] | None) -> None:
             return
         selection = Selection()
         attach(param, selection)
-    selection.rows = rows
+    selection.choose(rows)
 
 
 def _as_tensor(rows: Sequence[int], device: torch.device) -> Tensor:
@@ -308,7 +333,7 @@ def _choose(selection: Selection, rows: Tensor) -> None:
         or old.device != rows.device
         or not torch.equal(old, rows)
     ):
-        selection.rows = rows
+        selection.choose(rows)
 
 
 def before_step(selections: Iterable[Selection]) -> None:

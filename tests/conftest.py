@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -22,6 +23,7 @@ if path := os.environ.get("LONGACT_TEST_NATIVE"):
     assert os.path.samefile(module.__file__ or "", path)
 
 import torch
+from native_builds import WHY_NO_BUILD, build, load
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,3 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The native core with the CUDA kernels' own source compiled for the CPU."""
+    from longact.backends import native
+
+    if "LONGACT_TEST_NATIVE" in os.environ:
+        assert native is not None
+        return native
+    if WHY_NO_BUILD is not None:
+        pytest.skip(WHY_NO_BUILD)
+    return load(build(tmp_path_factory.mktemp("cuda_on_host"), CMAKE_BUILD_TYPE="Release"))

@@ -36,7 +36,11 @@ PARAM_SPEC = {
     torch.float16: Spec(2**-11 * 1.001, 2**-25 * 1.001),
 }
 #: Moments after any number of steps, by their own type.
-MOMENT_SPEC = {torch.float64: Spec(1e-13, 1e-15), torch.float32: Spec(2e-6, 1e-6)}
+MOMENT_SPEC = {
+    torch.float64: Spec(1e-13, 1e-15),
+    torch.float32: Spec(2e-6, 1e-6),
+    torch.bfloat16: Spec(2**-8 * 1.001, 1e-8),
+}
 
 
 def assert_close(actual: Tensor, expected: Tensor, spec: Spec, what: str) -> None:
@@ -164,12 +168,16 @@ class Case:
         step: int = 0,
         shift: int = 1,
         seed: int = 0,
+        key: int = 0,
+        moment_dtype: torch.dtype | None = None,
+        master: bool = False,
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.rows, self.group, self.zero_grad = rows, group, zero_grad
         self.compact = compact and rows is not None
         self.shift = shift
-        self.moment_dtype = torch.float32 if dtype in HALF else dtype
+        self.moment_dtype = moment_dtype or (torch.float32 if dtype in HALF else dtype)
+        self.key = key
         num_state_rows = shape[0] if shape else 1
         if self.compact:
             assert rows is not None
@@ -180,6 +188,11 @@ class Case:
         zeros = torch.zeros(state_shape, dtype=self.moment_dtype)
         self.exp_avg, self.exp_avg_sq = guarded(zeros, shift), guarded(zeros, shift)
         self.max_exp_avg_sq = guarded(zeros, shift) if amsgrad else None
+        self.master = None
+        if master and dtype in HALF:
+            mine = self.param.tensor if not self.compact else self.param.tensor[rows.long()]
+            # Not what the parameter holds: the update must read the master.
+            self.master = guarded(mine.float() * (1 + 2**-12), shift)
         self.step = guarded(torch.tensor(float(step)), shift)
         self.ages = None
         if rows is not None and not zero_grad:
@@ -187,7 +200,7 @@ class Case:
             self.ages = guarded(start.to(torch.int32), shift)
         self.expected = tuple(
             tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
-            for tensor in (None if t is None else t.clone() for t in self.update[:8])
+            for tensor in (None if t is None else t.clone() for t in self.update[:9])
         )
 
     def _randn(self, shape: Sequence[int]) -> Tensor:
@@ -200,7 +213,8 @@ class Case:
 
         return (
             self.param.tensor, self.grad.tensor, self.exp_avg.tensor, self.exp_avg_sq.tensor,
-            inner(self.max_exp_avg_sq), self.step.tensor, inner(self.ages), self.rows, self.group,
+            inner(self.max_exp_avg_sq), self.step.tensor, inner(self.ages), self.rows,
+            inner(self.master), self.key, self.group,
         )  # fmt: skip
 
     @property
@@ -226,7 +240,7 @@ class Case:
         grad.copy_(value)
 
     def snapshot(self) -> list[Tensor | None]:
-        return [None if t is None else bits(t) for t in self.update[:7]]
+        return [None if t is None else bits(t) for t in (*self.update[:7], self.update[8])]
 
     def step_reference(self, groups: Sequence[AdamWGroup], grad_scale: float = 1.0) -> None:
         expected = list(self.expected)
@@ -234,7 +248,7 @@ class Case:
         expected[7] = self.rows
         # The step is fp32 by contract, in the reference too.
         expected[5] = expected[5].float()
-        reference((*expected, self.group), groups[self.group], grad_scale)
+        reference((*expected, self.key, self.group), groups[self.group], grad_scale)
         expected[5] = expected[5].double()
         self.expected = tuple(expected)
 
@@ -242,7 +256,7 @@ class Case:
         """With the reference after a step, each buffer to its tolerance; ages and step exactly."""
         dtype = self.param.tensor.dtype
         moment = MOMENT_SPEC[self.moment_dtype]
-        p, _, m, v, vmax, step, ages, _ = self.expected
+        p, _, m, v, vmax, step, ages, _, master = self.expected
         assert_close(self.param.tensor, p, PARAM_SPEC[dtype], f"{what}: param")
         assert_close(self.exp_avg.tensor, m, moment, f"{what}: exp_avg")
         # No cancellation in sums of squares: relative throughout.
@@ -253,14 +267,22 @@ class Case:
         assert self.step.tensor.item() == step.item(), f"{what}: step"
         if self.ages is not None:
             assert torch.equal(self.ages.tensor, ages), f"{what}: ages"
-        if dtype in HALF:
+        if self.master is not None:
+            assert_close(self.master.tensor, master, PARAM_SPEC[torch.float32], f"{what}: master")
+        elif dtype in HALF:
             # Each step is judged by itself: two correct roundings of a sum drift apart.
             self.expected = (self.param.tensor.double(), *self.expected[1:])
+        if self.moment_dtype in HALF:
+            state = (self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq)
+            moments = (None if t is None else t.tensor.double() for t in state)
+            self.expected = (*self.expected[:2], *moments, *self.expected[5:])
 
     def check_untouched(self, before: list[Tensor | None], what: str) -> None:
         """Rows that are not selected keep every bit; so does the gradient, and what lies around."""
         untouched = ~self.touched
-        names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "ages")
+        names = (
+            "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "ages", "master",
+        )  # fmt: skip
         for name, old, new in zip(names, before, self.snapshot(), strict=True):
             if old is None or name == "step":
                 continue
@@ -271,6 +293,9 @@ class Case:
                 assert torch.equal(old[untouched], new[untouched]), f"{what}: unselected {name}"
 
     def check_guards(self, what: str) -> None:
-        for name in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "ages"):
+        names = (
+            "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "ages", "master",
+        )  # fmt: skip
+        for name in names:
             if (guard := getattr(self, name)) is not None:
                 guard.check(f"{what}: {name}")

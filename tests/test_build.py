@@ -78,10 +78,49 @@ def test_auto_without_a_compiler_installs_the_reference_and_says_why(
     assert backend.startswith("reference: the native build failed when longact was installed")
 
 
-def test_cuda_required_fails_clearly_without_kernels_or_nvcc(sources: Path, tmp_path: Path) -> None:
-    done = build(sources, tmp_path / "lib", LONGACT_CUDA="1")
+def path_without_nvcc() -> str:
+    """PATH without the folders that hold nvcc; skips where the compilers are in one of them."""
+    folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
+    path = os.pathsep.join(str(f) for f in folders if not (f / "nvcc").exists())
+    if not all(shutil.which(tool, path=path) for tool in ("c++", "cmake", "ninja")):
+        pytest.skip("nvcc lies in one folder with the other compilers")
+    return path
+
+
+def test_cuda_required_fails_clearly_without_nvcc(sources: Path, tmp_path: Path) -> None:
+    env = {"PATH": path_without_nvcc(), "CUDA_HOME": "", "CUDA_PATH": ""}
+    done = build(sources, tmp_path / "lib", LONGACT_CUDA="1", **env)
     assert done.returncode != 0
-    assert "LONGACT_CUDA=1: " in done.stderr
+    assert "LONGACT_CUDA=1: nvcc not found on PATH or under CUDA_HOME" in done.stderr
+    assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path: Path) -> str:
+    """A CUDA_HOME whose nvcc fails."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: no license' >&2; exit 1\n")
+    nvcc.chmod(0o755)
+    return str(tmp_path / "cuda")
+
+
+def test_auto_with_a_broken_nvcc_builds_for_the_cpu_and_says_why(
+    sources: Path, tmp_path: Path, broken_nvcc: str
+) -> None:
+    done = build(sources, tmp_path / "lib", LONGACT_CUDA="auto", CUDA_HOME=broken_nvcc)
+    assert done.returncode == 0, done.stderr
+    script = "import longact; print(longact.backends()['masked_adamw_'])"
+    backends = run_built(tmp_path / "lib", script)
+    assert "'cpu': 'native" in backends
+    assert f"CPU-only build: the CUDA build with {broken_nvcc}/bin/nvcc failed" in backends
+
+
+def test_cuda_required_with_a_broken_nvcc_fails(
+    sources: Path, tmp_path: Path, broken_nvcc: str
+) -> None:
+    done = build(sources, tmp_path / "lib", LONGACT_CUDA="1", CUDA_HOME=broken_nvcc)
+    assert done.returncode != 0
     assert not list((tmp_path / "lib").rglob("*.so"))
 
 

@@ -1,9 +1,13 @@
-"""The native core of the masked update against its float64 reference, and the op around it."""
+"""The native cores of the masked update against its float64 reference, and the op around them.
+
+The CUDA kernel runs here too: its own source, compiled for the CPU (tests/cuda_on_host).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,13 +30,16 @@ import longact
 from longact.backends import native
 from longact.kernels.masked_adamw import (
     AdamWGroup,
+    CudaTable,
     NativeTable,
     dispatch,
     masked_adamw_,
     reference,
 )
+from longact.kernels.rounding import stochastic_round
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+MakeTable = Callable[[], NativeTable]
 needs_native = pytest.mark.skipif(native is None, reason="needs the native build")
 
 SHAPES: list[tuple[int, ...]] = [
@@ -46,7 +53,25 @@ DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float16),
 ]
+MOMENTS = [
+    (torch.float32, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32, torch.bfloat16),
+]
 STEPS = 22
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def make_table(request: pytest.FixtureRequest) -> MakeTable:
+    """Makes the table of the CPU path, or of the CUDA kernel on the CPU."""
+    if request.param == "cpu":
+        return NativeTable
+    module = request.getfixturevalue("cuda_on_host")
+    return lambda: CudaTable(torch.device("cpu"), module=module)
+
+
+def is_cuda(make_table: MakeTable) -> bool:
+    return make_table is not NativeTable
 
 
 def make_groups(zero_grad: bool = False) -> list[AdamWGroup]:
@@ -63,6 +88,7 @@ def make_cases(
     rows_kind: str,
     policy: str,
     shapes: Sequence[tuple[int, ...]] = SHAPES,
+    **options: object,
 ) -> list[Case]:
     """One parameter of each shape; both groups, with and without amsgrad, every misalignment."""
     generator = torch.Generator().manual_seed(7)
@@ -80,6 +106,8 @@ def make_cases(
                 zero_grad=policy == "zero_grad",
                 shift=i % 8,
                 seed=i,
+                key=i,
+                **options,
             )
         ]
     return cases
@@ -89,20 +117,19 @@ def run(
     cases: Sequence[Case],
     groups: Sequence[AdamWGroup],
     steps: int = STEPS,
-    isa: str = "",
     grad_scale: float = 1.0,
-    table: NativeTable | None = None,
+    *,
+    table: NativeTable,
     each: Callable[[int], None] = lambda step: None,
 ) -> None:
     """The native core step by step, everything compared after each one."""
-    table = table or NativeTable()
     for step in range(steps):
         each(step)
         before = []
         for case in cases:
             case.new_grad(grad_scale)
             before.append(case.snapshot())
-        assert table.update([case.update for case in cases], groups, grad_scale, isa) == []
+        assert table.update([case.update for case in cases], groups, grad_scale) == []
         for case, old in zip(cases, before, strict=True):
             what = f"{[*case.param.tensor.shape]} step {step}"
             case.step_reference(groups, grad_scale)
@@ -120,15 +147,129 @@ def run(
 @pytest.mark.parametrize("rows_kind", ["none", "empty", "one", "random", "all"])
 @pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES)
 def test_every_step_matches_the_reference(
-    dtype: torch.dtype, grad_dtype: torch.dtype, rows_kind: str, policy: str
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    rows_kind: str,
+    policy: str,
+    make_table: MakeTable,
 ) -> None:
-    run(make_cases(dtype, grad_dtype, rows_kind, policy), make_groups(policy == "zero_grad"))
+    cases = make_cases(dtype, grad_dtype, rows_kind, policy)
+    groups = make_groups(policy == "zero_grad")
+    if dtype == torch.float64 and is_cuda(make_table):  # left to the reference
+        assert len(make_table().update([case.update for case in cases], groups)) == len(cases)
+        return
+    run(cases, groups, table=make_table())
+
+
+@needs_native
+@pytest.mark.parametrize("policy", ["freeze", "compact", "zero_grad"])
+@pytest.mark.parametrize(("dtype", "grad_dtype", "moment_dtype"), MOMENTS)
+def test_bf16_moments(
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    moment_dtype: torch.dtype,
+    policy: str,
+    make_table: MakeTable,
+) -> None:
+    """Each step is judged by itself: what is stored is rounded, what is computed is not."""
+    cases = make_cases(dtype, grad_dtype, "random", policy, moment_dtype=moment_dtype)
+    run(cases, make_groups(policy == "zero_grad"), table=make_table())
+
+
+@needs_native
+@pytest.mark.parametrize("rows_kind", ["none", "random"])
+@pytest.mark.parametrize("policy", ["freeze", "compact", "zero_grad"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_master_weights(
+    dtype: torch.dtype, policy: str, rows_kind: str, make_table: MakeTable
+) -> None:
+    """The master is trained as an fp32 parameter is, and the parameter is the master rounded."""
+    cases = make_cases(dtype, dtype, rows_kind, policy, master=True)
+    run(cases, make_groups(policy == "zero_grad"), table=make_table())
+    for case in cases:
+        touched = case.touched if case.param.tensor.dim() else ...
+        master = case.master.tensor if case.compact else case.master.tensor[touched]
+        assert_same_bits(case.param.tensor[touched], master.to(dtype), "parameter of the master")
+
+
+@needs_native
+@pytest.mark.parametrize("policy", ["none", "freeze", "compact", "zero_grad"])
+def test_stochastic_rounding_has_the_bits_of_the_reference(
+    policy: str, make_table: MakeTable
+) -> None:
+    """From the same fp32 values: those of an fp32 twin, rounded by the reference."""
+    kind = "none" if policy == "none" else "random"
+    shapes = [(63, 65), (7, 3, 5), (), (0, 5), (4097,), (40, 24), (3, 16400)]
+    seed = 2**63 + 12345
+    groups = [g._replace(seed=seed) for g in make_groups(policy == "zero_grad")]
+    # Aligned and not: whole vectors and single elements must draw the same bits.
+    for shift in (0, 1):
+        cases = make_cases(torch.bfloat16, torch.float32, kind, policy, shapes)
+        for case in cases:
+            case.param, case.grad = (guarded(x.tensor, 8 * shift) for x in (case.param, case.grad))
+        table = make_table()
+        for step in range(1, 4):
+            twins = []
+            for case in cases:
+                case.new_grad()
+                twin = [None if not isinstance(t, Tensor) else t.clone() for t in case.update[:9]]
+                twin[0] = twin[0].float()
+                twins.append((*twin, case.key, case.group))
+            table.update([case.update for case in cases], groups)
+            NativeTable().update(twins, make_groups(policy == "zero_grad"))
+            for case, twin in zip(cases, twins, strict=True):
+                param = case.param.tensor
+                elements = torch.arange(param.numel()).view(param.shape)
+                expected = stochastic_round(twin[0], elements, seed, case.key, step)
+                touched = case.touched if param.dim() else ...
+                assert_same_bits(param[touched], expected[touched], f"{[*param.shape]} {step}")
+                case.check_guards(f"{[*param.shape]} {step}")
+
+
+def test_stochastic_rounding_is_right_on_average() -> None:
+    """Between two bf16 values, up with the probability of the part that is cut off."""
+    low, high = 1.0, 1.0 + 2**-7
+    for share in (0.0, 0.25, 0.9):
+        values = torch.full((40_000,), low + share * (high - low))
+        rounded = stochastic_round(values, torch.arange(40_000), 3, 1, 7)
+        assert set(rounded.tolist()) <= {low, high}
+        assert abs((rounded == high).double().mean().item() - share) < 0.01
+    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 3.3961e38])
+    out = stochastic_round(special, torch.arange(6), 0, 0, 1)
+    assert out.tolist()[:2] == [math.inf, -math.inf]
+    assert out[2].isnan()
+    assert bits(out[3:5]).tolist() == [0, -(2**15)]
+
+
+def test_random_bits_are_those_of_philox() -> None:
+    """The known answers of Random123's own test vectors, and every argument matters."""
+    from longact.kernels.rounding import _philox
+
+    def words(c0: int, c1: int, c2: int, c3: int, seed: int) -> list[int]:
+        return _philox(*(torch.tensor([c]) for c in (c0, c1, c2, c3)), seed)[0].tolist()
+
+    ones = 0xFFFFFFFF
+    assert words(0, 0, 0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert words(ones, ones, ones, ones, 2**64 - 1) == [
+        0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD,
+    ]  # fmt: skip
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    assert words(*pi, 0x299F31D0_A4093822) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    values = torch.rand(4096) + 1
+    elements = torch.arange(4096)
+    base = stochastic_round(values, elements, 1, 2, 3)
+    for other in ((elements, 1, 2, 4), (elements, 1, 3, 3), (elements, 2, 2, 3),
+                  (elements, 1 + 2**32, 2, 3), (elements + 8, 1, 2, 3),
+                  (elements + 2**35, 1, 2, 3)):  # fmt: skip
+        assert not torch.equal(base, stochastic_round(values, *other))
 
 
 @needs_native
 @pytest.mark.parametrize("policy", ["freeze", "zero_grad"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rows_that_change_between_steps(dtype: torch.dtype, policy: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_change_between_steps(
+    dtype: torch.dtype, policy: str, make_table: MakeTable
+) -> None:
     """Rows of many ages side by side: each is corrected by its own."""
     cases = make_cases(dtype, dtype, "random", policy, [(4097,), (63, 65), (7, 3, 5)])
 
@@ -137,36 +278,37 @@ def test_rows_that_change_between_steps(dtype: torch.dtype, policy: str) -> None
             kind = ["random", "one", "random", "all", "random", "empty"][step % 6]
             case.rows = pick_rows(kind, case.param.tensor.shape[0], case.generator)
 
-    run(cases, make_groups(policy == "zero_grad"), 30, each=reselect)
+    run(cases, make_groups(policy == "zero_grad"), 30, table=make_table(), each=reselect)
     if policy == "freeze":
         assert all(case.ages.tensor.unique().numel() > 3 for case in cases)
 
 
 @needs_native
 @pytest.mark.parametrize("grad_scale", [1024.0, 3.0])
-def test_gradients_are_divided_by_the_scale(grad_scale: float) -> None:
+def test_gradients_are_divided_by_the_scale(grad_scale: float, make_table: MakeTable) -> None:
     cases = make_cases(torch.float32, torch.float32, "random", "freeze", [(63, 65), (4097,), ()])
-    run(cases, make_groups(), grad_scale=grad_scale)
+    run(cases, make_groups(), grad_scale=grad_scale, table=make_table())
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["none", "freeze", "compact", "zero_grad"])
-def test_tensors_of_many_chunks(policy: str, dtype: torch.dtype) -> None:
+def test_tensors_of_many_chunks(policy: str, dtype: torch.dtype, make_table: MakeTable) -> None:
     """More than 65,536 elements: many rows to a chunk, a row longer than a chunk, flat."""
     kind = "none" if policy == "none" else "random"
     shapes = [(700, 130), (3, 70_001), (140_001,)]
     cases = make_cases(dtype, dtype, kind, policy, shapes)
-    run(cases, make_groups(policy == "zero_grad"), steps=2)
+    run(cases, make_groups(policy == "zero_grad"), steps=2, table=make_table())
 
 
 @needs_native
 @pytest.mark.parametrize("age", [1, 1000, 100_000, 16_000_000])
-def test_bias_correction_at_high_ages(age: int) -> None:
+def test_bias_correction_at_high_ages(age: int, make_table: MakeTable) -> None:
     """beta**age in fp32 would be off long before these."""
     rows = torch.tensor([1, 2], dtype=torch.int32)
     group = AdamWGroup(0.01, 0.9, 0.99999, 1e-8, 0.1, maximize=False, zero_grad=False)
-    run([Case((4, 9), rows=rows, ages=[age] * 4, step=age), Case((9,), step=age)], [group], 20)
+    cases = [Case((4, 9), rows=rows, ages=[age] * 4, step=age), Case((9,), step=age)]
+    run(cases, [group], 20, table=make_table())
 
 
 # ---- bits ----------------------------------------------------------------------------------------
@@ -187,12 +329,12 @@ def test_instruction_sets_and_threads_give_the_same_bits(dtype: torch.dtype, pol
             for case in cases:
                 case.new_grad()
             grads = [case.grad.tensor.clone() for case in cases]
-        groups, table = make_groups(policy == "zero_grad"), NativeTable()
+        groups, table = make_groups(policy == "zero_grad"), NativeTable(isa=isa)
         with threads(count):
             for sign in (1, -1):
                 for case, grad in zip(cases, grads, strict=True):
                     case.grad.tensor.copy_(grad * sign)
-                table.update([case.update for case in cases], groups, isa=isa)
+                table.update([case.update for case in cases], groups)
         # Without the gradients: torch writes NaN in more than one way.
         results.append([[t for i, t in enumerate(case.snapshot()) if i != 1] for case in cases])
     for other in results[1:]:
@@ -202,12 +344,61 @@ def test_instruction_sets_and_threads_give_the_same_bits(dtype: torch.dtype, pol
                 assert x is None or torch.equal(x, y)
 
 
+OPTIONS: list[dict[str, object]] = [
+    {},
+    {"amsgrad": True},
+    {"master": True},
+    {"moment_dtype": torch.bfloat16},
+    {"moment_dtype": torch.bfloat16, "master": True, "amsgrad": True},
+]
+
+
+@needs_native
+@pytest.mark.parametrize("policy", ["none", "freeze", "compact", "zero_grad"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize(("dtype", "grad_dtype"), [d for d in DTYPES if torch.float64 not in d])
+def test_the_cuda_kernel_has_the_bits_of_the_cpu(
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    options: dict[str, object],
+    policy: str,
+    cuda_on_host: ModuleType,
+) -> None:
+    """Aligned tensors, whose rows go in whole vectors, and others; every size of chunk."""
+    kind = "none" if policy == "none" else "random"
+    shapes = [(40, 24), (20_000,), (130, 8), (3, 16_400), (200, 160), (33, 12), (5, 16_390), ()]
+    groups = [g._replace(seed=7) for g in make_groups(policy == "zero_grad")]
+    for shift in (0, 1):
+        results = []
+        for table in (NativeTable(), CudaTable(torch.device("cpu"), module=cuda_on_host)):
+            generator = torch.Generator().manual_seed(3)
+            cases = [
+                Case(
+                    shape, dtype, grad_dtype,
+                    pick_rows(kind, shape[0], generator) if shape else None,
+                    group=i % 2, compact=policy == "compact", zero_grad=policy == "zero_grad",
+                    shift=8 * shift + shift, seed=i, key=i, **options,
+                )
+                for i, shape in enumerate(shapes)
+            ]  # fmt: skip
+            for _ in range(3):
+                for case in cases:
+                    case.new_grad()
+                assert table.update([case.update for case in cases], groups, 4.0) == []
+            for case in cases:
+                case.check_guards(f"{[*case.param.tensor.shape]}")
+            results.append([case.snapshot() for case in cases])
+        for mine, theirs, shape in zip(*results, shapes, strict=True):
+            for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+                assert a is None or torch.equal(a, b), f"{shape}: buffer {number}"
+
+
 @needs_native
 def test_unknown_instruction_set_is_refused() -> None:
     case = Case((3,))
     before = case.snapshot()
     with pytest.raises(ValueError, match=r"'mmx' is not available here; .*: .*baseline"):
-        NativeTable().update([case.update], make_groups(), isa="mmx")
+        NativeTable(isa="mmx").update([case.update], make_groups())
     assert all(x is None or torch.equal(x, y) for x, y in zip(before, case.snapshot(), strict=True))
 
 
@@ -217,7 +408,19 @@ def _identity_group(beta1: float = 0.0) -> AdamWGroup:
 
 
 def _update(param: Tensor, grad: Tensor, exp_avg: Tensor) -> list[object]:
-    return [param, grad, exp_avg, torch.zeros_like(exp_avg), None, torch.zeros(()), None, None, 0]
+    return [
+        param,
+        grad,
+        exp_avg,
+        torch.zeros_like(exp_avg),
+        None,
+        torch.zeros(()),
+        None,
+        None,
+        None,
+        0,
+        0,
+    ]
 
 
 @needs_native
@@ -231,7 +434,7 @@ def test_half_types_convert_exactly(dtype: torch.dtype, isa: str) -> None:
         tuple(_update(torch.zeros_like(every), every, exp_avg)),
         tuple(_update(param, torch.zeros_like(every), torch.zeros(2**16))),
     ]
-    NativeTable().update(updates, [_identity_group()], isa=isa)
+    NativeTable(isa=isa).update(updates, [_identity_group()])
     nan = every.isnan()
     assert torch.equal(exp_avg[~nan], every[~nan].float())
     assert bool(exp_avg[nan].isnan().all())
@@ -253,7 +456,7 @@ def test_half_types_round_to_nearest_even(dtype: torch.dtype, isa: str) -> None:
     grad = torch.cat((values, ties, ends, -ends, *near, random, torch.tensor([math.inf, math.nan])))
     exp_avg = torch.zeros_like(grad).to(dtype)
     param = torch.zeros_like(grad)
-    NativeTable().update([tuple(_update(param, grad, exp_avg))], [_identity_group()], isa=isa)
+    NativeTable(isa=isa).update([tuple(_update(param, grad, exp_avg))], [_identity_group()])
     expected = (grad + 0.0).to(dtype)  # 0 + -0 is 0
     nan = expected.isnan()
     assert torch.equal(bits(exp_avg)[~nan], bits(expected)[~nan])
@@ -264,10 +467,10 @@ def test_half_types_round_to_nearest_even(dtype: torch.dtype, isa: str) -> None:
 
 
 @needs_native
-def test_table_follows_tensors_that_move() -> None:
+def test_table_follows_tensors_that_move(make_table: MakeTable) -> None:
     """One table over steps whose tensors move; a stale address or type would show at once."""
     groups = make_groups()
-    table = NativeTable()
+    table = make_table()
     case, other = Case((63, 65), amsgrad=True), Case((7, 3, 5), torch.bfloat16, seed=1)
     run([case, other], groups, 2, table=table)
     for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "grad"):
@@ -281,7 +484,7 @@ def test_table_follows_tensors_that_move() -> None:
         if case.ages is None:
             start = torch.full((63,), int(case.step.tensor), dtype=torch.int32)
             case.ages = guarded(start)
-            case.expected = (*case.expected[:6], case.ages.tensor.clone(), None)
+            case.expected = (*case.expected[:6], case.ages.tensor.clone(), None, None)
         run([case, other], groups, 2, table=table)
     case.rows = None  # dense again, its rows of different ages
     run([case, other], groups, 2, table=table)
@@ -290,35 +493,35 @@ def test_table_follows_tensors_that_move() -> None:
 
 
 @needs_native
-def test_table_follows_rows_that_are_written_in_place() -> None:
+def test_table_follows_rows_that_are_written_in_place(make_table: MakeTable) -> None:
     case = Case((9, 4), rows=torch.tensor([1, 5], dtype=torch.int32))
-    table = NativeTable()
+    table = make_table()
     run([case], make_groups(), 2, table=table)
     case.rows.copy_(torch.tensor([0, 8]))
     run([case], make_groups(), 2, table=table)
 
 
 @needs_native
-def test_table_follows_changes_of_type_and_number() -> None:
+def test_table_follows_changes_of_type_and_number(make_table: MakeTable) -> None:
     """A set of parameters that grows, shrinks and changes type."""
-    groups, table = make_groups(), NativeTable()
-    fp32, fp64 = Case((63, 65)), Case((63,), torch.float64, seed=1)
-    half = Case((63, 65), torch.bfloat16, seed=2)
-    for cases in ([fp32], [fp32, fp64], [half, fp64], [fp64], [fp64, half, fp32], [], [half]):
+    groups, table = make_groups(), make_table()
+    other = Case((63,), torch.float16 if is_cuda(make_table) else torch.float64, seed=1)
+    fp32, half = Case((63, 65)), Case((63, 65), torch.bfloat16, seed=2)
+    for cases in ([fp32], [fp32, other], [half, other], [other], [other, half, fp32], [], [half]):
         run(cases, groups, 2, table=table)
     half.grad = guarded(half.grad.tensor.float())  # fp32 gradients from now on
     run([half], groups, 2, table=table)
 
 
 @needs_native
-def test_table_follows_a_parameter_that_is_reshaped_in_place() -> None:
+def test_table_follows_a_parameter_that_is_reshaped_in_place(make_table: MakeTable) -> None:
     """Same address, same number of elements, rows of another length."""
     rows = torch.tensor([1], dtype=torch.int32)
-    table, group = NativeTable(), make_groups()[0]
+    table, group = make_table(), make_groups()[0]
 
     def update_of(shape: tuple[int, int], flat: list[Tensor], step: Tensor) -> None:
         p, g, m, v = (t.view(shape) for t in flat)
-        table.update([(p, g, m, v, None, step, None, rows, 0)], [group])
+        table.update([(p, g, m, v, None, step, None, rows, None, 0, 0)], [group])
 
     flat = [torch.ones(24), torch.ones(24), torch.zeros(24), torch.zeros(24)]
     step = torch.zeros(())
@@ -329,9 +532,9 @@ def test_table_follows_a_parameter_that_is_reshaped_in_place() -> None:
 
 
 @needs_native
-def test_table_leaves_what_it_cannot_do_and_recovers() -> None:
+def test_table_leaves_what_it_cannot_do_and_recovers(make_table: MakeTable) -> None:
     """A non-contiguous parameter is handed back untouched; made contiguous, it is taken over."""
-    groups, table = make_groups(), NativeTable()
+    groups, table = make_groups(), make_table()
     ordinary, strided = Case((63, 65)), Case((8, 8), seed=1)
     run([ordinary, strided], groups, 2, table=table)  # its entry must not stay behind
     transposed = tuple(t.t() if isinstance(t, Tensor) and t.dim() == 2 else t
@@ -349,8 +552,8 @@ def test_table_leaves_what_it_cannot_do_and_recovers() -> None:
 
 
 @needs_native
-def test_a_refused_update_changes_nothing_and_is_not_remembered() -> None:
-    table, groups = NativeTable(), make_groups()
+def test_a_refused_update_changes_nothing_and_is_not_remembered(make_table: MakeTable) -> None:
+    table, groups = make_table(), make_groups()
     good, bad = Case((63, 65)), Case((8, 8), seed=1)
     run([good, bad], groups, 1, table=table)
     before = [good.snapshot(), bad.snapshot()]
@@ -399,7 +602,7 @@ def test_any_layout_gives_the_result_of_the_contiguous_one(
         for (p, m, v), s, a, g in zip(
             (plain, laid), steps, all_ages, (grad.contiguous(), lay_out(grad)), strict=True
         ):
-            dispatch([(p, g, m, v, None, s, a, rows, 0)], [group])
+            dispatch([(p, g, m, v, None, s, a, rows, None, 0, 0)], [group])
         for x, y in zip(plain, laid, strict=True):
             assert_close(y, x, Spec(2e-6, 2e-7), layout)
     if rows is not None:
@@ -690,7 +893,9 @@ def test_reference_of_fp32_is_the_formula() -> None:
     m, v = torch.tensor([[7.0], [0.5]]), torch.tensor([[7.0], [0.25]])
     ages, step = torch.tensor([4, 2], dtype=torch.int32), torch.tensor(9.0)
     group = AdamWGroup(0.1, 0.9, 0.99, 0.01, 0.2, maximize=True, zero_grad=False)
-    reference((p, g, m, v, None, step, ages, torch.tensor([1], dtype=INT32), 0), group, 2.0)
+    reference(
+        (p, g, m, v, None, step, ages, torch.tensor([1], dtype=INT32), None, 0, 0), group, 2.0
+    )
     grad = -1.5
     first, second = 0.9 * 0.5 + 0.1 * grad, 0.99 * 0.25 + 0.01 * grad**2
     corrected = first / (1 - 0.9**3), math.sqrt(second / (1 - 0.99**3))

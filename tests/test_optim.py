@@ -112,7 +112,8 @@ def test_signature_is_that_of_adamw() -> None:
     for name, parameter in theirs.items():
         assert ours[name].kind == parameter.kind, name
         assert ours[name].default == parameter.default, name
-    assert list(ours)[len(theirs) :] == ["inactive", "state", "backend"]
+    mine = ["inactive", "state", "master_weights", "stochastic_rounding", "seed", "moment_dtype"]
+    assert list(ours)[len(theirs) :] == [*mine, "backend"]
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
     assert defaults.items() <= FusedMaskedAdam([torch.zeros(1)]).defaults.items()
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from native_builds import ROOT, WHY_NO_BUILD, build
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         "LONGACT_TEST_NATIVE" in os.environ, reason="already running on a sanitizer build"
     ),
-    pytest.mark.skipif(
-        not (ROOT / "csrc").is_dir() or shutil.which("gcc") is None or sys.platform != "linux",
-        reason="needs the sources and GCC on Linux",
-    ),
+    pytest.mark.skipif(WHY_NO_BUILD is not None, reason=WHY_NO_BUILD or ""),
 ]
 
 
@@ -33,22 +28,11 @@ def runtime(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def sanitized_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import pybind11
-
-    build = tmp_path_factory.mktemp("sanitized")
-    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build]
-    options = {
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "CMAKE_CXX_COMPILER": "g++",
-        "CMAKE_BUILD_TYPE": "RelWithDebInfo",
-        "LONGACT_SANITIZE": "address,undefined",
-        "LONGACT_WERROR": "ON",
-    }
-    subprocess.run([*configure, *(f"-D{k}={v}" for k, v in options.items())], check=True)
-    subprocess.run(["cmake", "--build", build], check=True)
-    (module,) = build.glob("_native*.so")
-    return module
+    return build(
+        tmp_path_factory.mktemp("sanitized"),
+        CMAKE_BUILD_TYPE="RelWithDebInfo",
+        LONGACT_SANITIZE="address,undefined",
+    )
 
 
 def run(module: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -85,9 +69,9 @@ floats = [array.array("f", [0.0] * 5 * 64) for _ in range(4)]
 step, ages, rows = array.array("f", [0.0]), array.array("i", [0] * 6), array.array("i", [5])
 p, g, m, v = (a.buffer_info()[0] for a in floats)
 table = native.AdamWTable(); table.resize(1)
-table.set(0, p, m, v, 0, step.buffer_info()[0], ages.buffer_info()[0], rows.buffer_info()[0],
-          1, 6, 64, 0, 0, 0, 0, False)
-table.update([g], [(1e-3, 0.9, 0.999, 1e-8, 0.0, False, False)], 1.0, 1)
+table.set(0, p, 0, m, v, 0, step.buffer_info()[0], ages.buffer_info()[0], rows.buffer_info()[0], 0,
+          1, 6, 64, 0, 0, 0, 0, 0, False)
+table.update([g], [(1e-3, 0, 0.9, 0.999, 1e-8, 0.0, False, False, False, 0)], 1.0, 1)
 """
     done = run(sanitized_build, "-c", script)
     assert done.returncode != 0

@@ -5,26 +5,37 @@ The arithmetic is that of docs/algorithm.md; `longact.FusedMaskedAdam` is the us
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longact.backends import DTYPE_CODES, native
+from longact.backends import DTYPE_CODES, adamw_backend, native
+from longact.kernels.rounding import stochastic_round
 from longact.rows import check_rows
 
 #: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq (None without amsgrad), step (fp32, 0-dim),
-#: ages (int32, one for each row of the moments, or None), rows (int32, or None for all), group
-#: index. A plain tuple: this is built for every parameter at every step. Moments with fewer rows
-#: than the parameter are compact: their row i belongs to the parameter's row rows[i].
+#: ages (int32, one for each row of the moments, or None), rows (int32, or None for all), master
+#: (the parameter in fp32, in the moments' shape, or None), key (the parameter's index in its
+#: optimizer), group index. A plain tuple: this is built for every parameter at every step.
+#: Moments with fewer rows than the parameter are compact: their row i belongs to the parameter's
+#: row rows[i]. Rows with one element more than the parameter has rows are a buffer for CUDA graphs:
+#: how many are selected, then these, then whatever.
 ParamUpdate = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int
-]
+    Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None,
+    Tensor | None, int, int,
+]  # fmt: skip
 
 
 class AdamWGroup(NamedTuple):
-    """Hyperparameters of one param_group; `zero_grad` is `inactive="zero_grad"`."""
+    """Hyperparameters of one param_group.
+
+    `zero_grad` is `inactive="zero_grad"`; `seed`, unless None, rounds bf16 parameters without a
+    master stochastically.
+    """
 
     lr: float | Tensor
     beta1: float
@@ -33,14 +44,17 @@ class AdamWGroup(NamedTuple):
     weight_decay: float
     maximize: bool
     zero_grad: bool
+    seed: int | None = None
 
 
 def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor = 1.0) -> None:
     """The definition, on any device: one parameter, in place. fp64 parameters compute in fp64."""
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, _ = update
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, master, key, _ = update
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     step.add_(1)
     lr = group.lr.reshape(()) if isinstance(group.lr, Tensor) else group.lr
+    if rows is not None and is_row_buffer(rows, param):
+        rows = rows[1 : 1 + int(rows[0])]
     rows = None if rows is None else rows.long()  # index_copy_ wants int64
     compact = rows is not None and exp_avg.shape[0] != param.shape[0]
 
@@ -84,63 +98,90 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
     if max_exp_avg_sq is not None:
         v = torch.maximum(take_state(max_exp_avg_sq).to(compute), v)
         put_state(max_exp_avg_sq, v)
-    p = take(param).to(compute)
-    put(
-        param,
-        p * (1.0 - lr * group.weight_decay)
-        - step_size * m / (v.sqrt() * inv_sqrt_bias2 + group.eps),
+    p = take(param).to(compute) if master is None else take_state(master)
+    p = p * (1.0 - lr * group.weight_decay) - step_size * m / (
+        v.sqrt() * inv_sqrt_bias2 + group.eps
     )
+    if master is not None:
+        put_state(master, p)
+    elif group.seed is not None and param.dtype == torch.bfloat16:
+        elements = torch.arange(param.numel(), device=param.device).view(param.shape)
+        p = stochastic_round(p, take(elements), group.seed, key, step)
+    put(param, p)
 
 
-def native_supports(update: ParamUpdate) -> bool:
-    """The native core wants contiguous CPU tensors of a type it knows, with memory of their own."""
-    param, grad, exp_avg, *others = update[:8]
+def is_row_buffer(rows: Tensor, param: Tensor) -> bool:
+    """Whether `rows` is a buffer that holds its own count (see ParamUpdate)."""
+    return param.dim() > 0 and rows.numel() == param.shape[0] + 1
+
+
+def native_supports(update: ParamUpdate, device_type: str, on_gpu: bool) -> bool:
+    """The native core wants contiguous tensors of a type it knows, with memory of their own."""
+    param, grad, exp_avg, *others = update[:9]
+    rows = update[7]
+    dtypes = (param.dtype, grad.dtype, exp_avg.dtype)
     return (
-        native is not None
         # DTensor and other wrappers have no memory to point at.
-        and type(param).__torch_dispatch__ is Tensor.__torch_dispatch__
-        and param.is_cpu
+        type(param).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and param.device.type == device_type
         and param.is_contiguous()
         and exp_avg.is_contiguous()
         and all(t is None or t.is_contiguous() for t in others)
-        and param.dtype in DTYPE_CODES
-        and grad.dtype in DTYPE_CODES
-        and exp_avg.dtype in DTYPE_CODES
+        and all(dtype in DTYPE_CODES for dtype in dtypes)
+        # fp64 is for the CPU, a buffer of rows for the GPU, which counts in 32 bits inside a row.
+        and not (on_gpu and (torch.float64 in dtypes or math.prod(param.shape[1:]) >= 2**31))
+        and (on_gpu or rows is None or not is_row_buffer(rows, param))
     )
 
 
 class NativeTable:
-    """The native core's table of an optimizer's tensors, kept between steps.
+    """The native core's table of an optimizer's tensors on the CPU, kept between steps.
 
     An entry is checked and written again only when one of its tensors moved or changed: at most
     steps only the addresses of the gradients travel. Entries that the native core does not support
     stay empty.
     """
 
-    def __init__(self) -> None:
-        assert native is not None
-        self._table = native.AdamWTable()
+    on_gpu = False
+    device_type = "cpu"
+
+    def __init__(self, *, isa: str = "", module: ModuleType | None = native) -> None:
+        assert module is not None
+        self._isa = isa
+        self._table = module.AdamWTable()
         self._entries: list[tuple[Any, ...] | None] = []
         self._unsupported: set[int] = set()
+        self._grads: list[int] = []
+        self._copies: list[Tensor] = []
 
     def update(
         self,
         updates: Sequence[ParamUpdate],
         groups: Sequence[AdamWGroup],
-        grad_scale: float = 1.0,
-        isa: str = "",
+        grad_scale: float | Tensor = 1.0,
+        found_inf: Tensor | None = None,
     ) -> list[ParamUpdate]:
         """Updates what the native core supports; returns the rest."""
+        rest = self.prepare(updates, groups)
+        self.run(groups, grad_scale, found_inf)
+        return rest
+
+    def prepare(
+        self, updates: Sequence[ParamUpdate], groups: Sequence[AdamWGroup]
+    ) -> list[ParamUpdate]:
+        """Checks what changed and enters it; returns what the native core does not support."""
         entries = self._entries
         if len(updates) != len(entries):
             self._table.resize(len(updates))
             entries = self._entries = [None] * len(updates)
             self._unsupported.clear()
         zero_grads = [g.zero_grad for g in groups]
-        addresses = []
-        copies = []  # alive until the native call returns
+        self._grads, self._copies = addresses, copies = [], []
         for i, update in enumerate(updates):
-            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, group = update
+            (
+                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, master, key,
+                group,
+            ) = update  # fmt: skip
             known = entries[i]
             # The same objects, which the entry keeps alive; `.data = ...` changes one inside.
             if (
@@ -152,71 +193,197 @@ class NativeTable:
                 or step is not known[4]
                 or ages is not known[5]
                 or rows is not known[6]
-                or (group, zero_grads[group]) != known[7]
-                or grad.dtype is not known[8]
-                or param.data_ptr() != known[9]
-                or exp_avg.data_ptr() != known[10]
-                or exp_avg_sq.data_ptr() != known[11]
-                or param.shape != known[12]
+                or master is not known[7]
+                or (key, group, zero_grads[group]) != known[8]
+                or grad.dtype is not known[9]
+                or param.data_ptr() != known[10]
+                or exp_avg.data_ptr() != known[11]
+                or exp_avg_sq.data_ptr() != known[12]
+                or param.shape != known[13]
                 or not param.is_contiguous()
             ):
                 entries[i] = None
                 self._set(i, update, zero_grads[group])
                 entries[i] = (
-                    param, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows,
-                    (group, zero_grads[group]),
+                    param, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, master,
+                    (key, group, zero_grads[group]),
                     grad.dtype, param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
                     param.shape,
                 )  # fmt: skip
             if not grad.is_contiguous() or grad.is_neg():
                 grad = grad.resolve_neg().contiguous()
-                copies.append(grad)
+                copies.append(grad)  # alive until the native call returns
             addresses.append(grad.data_ptr())
-        self._table.update(
-            addresses,
-            [group._replace(lr=float(group.lr)) for group in groups],
-            grad_scale,
-            torch.get_num_threads(),
-            isa,
-        )
         return [updates[i] for i in sorted(self._unsupported)]
+
+    def run(
+        self,
+        groups: Sequence[AdamWGroup],
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The update itself; with `found_inf` not 0 nothing is changed."""
+        if found_inf is None or float(found_inf) == 0.0:
+            self._table.update(
+                self._grads,
+                [_native_group(group, float(group.lr), None) for group in groups],
+                float(grad_scale),
+                torch.get_num_threads(),
+                self._isa,
+            )
+        self._copies = []
 
     def _set(self, index: int, update: ParamUpdate, zero_grad: bool) -> None:
         check_update(update, zero_grad)
-        if not native_supports(update):
+        if not native_supports(update, self.device_type, self.on_gpu):
             self._unsupported.add(index)
             self._table.clear(index)
             return
         self._unsupported.discard(index)
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, group = update
+        (
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, master, key, group,
+        ) = update  # fmt: skip
         num_rows = param.shape[0] if param.dim() else 1
-
-        def address(tensor: Tensor | None) -> int:
-            return 0 if tensor is None else tensor.data_ptr()
-
+        num_selected, counter = (-1 if rows is None else rows.numel()), None
+        compact = rows is not None and exp_avg.shape[0] != num_rows
+        if rows is not None and is_row_buffer(rows, param):
+            num_selected, counter, rows = num_rows, rows, rows[1:]
+            compact = False
         self._table.set(
             index,
-            address(param),
-            address(exp_avg),
-            address(exp_avg_sq),
-            address(max_exp_avg_sq),
-            address(step),
-            address(ages),
-            address(rows),
-            -1 if rows is None else rows.numel(),
+            _address(param),
+            _address(master),
+            _address(exp_avg),
+            _address(exp_avg_sq),
+            _address(max_exp_avg_sq),
+            _address(step),
+            _address(ages),
+            _address(rows),
+            _address(counter),
+            num_selected,
             num_rows,
             param.numel() // num_rows if num_rows else 0,
             DTYPE_CODES[param.dtype],
             DTYPE_CODES[grad.dtype],
             DTYPE_CODES[exp_avg.dtype],
             group,
-            rows is not None and exp_avg.shape[0] != num_rows,
+            key,
+            compact,
         )
+
+    def plan(self) -> tuple[int, int]:
+        """Chunks of the one launch, and bytes that a step reads and writes (after `prepare`)."""
+        chunks, size = self._table.plan()
+        return chunks, size
+
+
+class CudaTable(NativeTable):
+    """The same for the parameters of one GPU: one launch updates them all.
+
+    The table lies in the GPU's memory and is uploaded again only where it changed. A captured step
+    has memory of its own, which a replay fills as the capture did.
+    """
+
+    on_gpu = True
+
+    def __init__(self, device: torch.device, *, module: ModuleType | None = native) -> None:
+        super().__init__(module=module)
+        self._device = device
+        self.device_type = device.type  # the tests run this class on the CPU
+        self._is_cuda = device.type == "cuda"
+        self._blocks_done = torch.zeros(1, dtype=torch.int32, device=device)
+        self._memory: Tensor | None = None
+        self._spare: Tensor | None = None  # pinned, for the next capture
+        self._captured: list[Tensor] = []  # what graphs read when they are replayed
+
+    def run(
+        self,
+        groups: Sequence[AdamWGroup],
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+    ) -> None:
+        lrs = [self._scalar(group.lr) for group in groups]
+        native_groups = [
+            _native_group(group, 0.0 if isinstance(lr, Tensor) else lr, lr)
+            for group, lr in zip(groups, lrs, strict=True)
+        ]
+        changed = self._table.pack(self._grads, native_groups)
+        capturing = self._is_cuda and torch.cuda.is_current_stream_capturing()
+        memory = self._captured_memory() if capturing else self._uploaded(changed)
+        if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+            grad_scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=self._device)
+        else:
+            grad_scale = None  # type: ignore[assignment]
+        if found_inf is not None:
+            found_inf = found_inf.to(self._device, torch.float32, non_blocking=True)
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._is_cuda else 0
+        self._table.launch(
+            memory.data_ptr(),
+            self._blocks_done.data_ptr(),
+            _address(grad_scale),  # type: ignore[arg-type]
+            _address(found_inf),
+            self._device.index or 0,
+            stream,
+        )
+        if capturing:
+            self._captured += [t for t in (*lrs, grad_scale, found_inf) if isinstance(t, Tensor)]
+        # Freed memory is reused in the order of the stream: nothing needs to be kept.
+        self._copies = []
+
+    def _scalar(self, lr: float | Tensor) -> float | Tensor:
+        """A tensor on the GPU is read there, in fp32; one on the CPU here."""
+        if not isinstance(lr, Tensor) or (lr.is_cpu and self._is_cuda):
+            return float(lr)
+        return lr.to(self._device, torch.float32, non_blocking=True)
+
+    def _uploaded(self, changed: int) -> Tensor:
+        size = self._table.packed_size
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            changed = size
+        if changed:
+            # torch keeps pinned memory until the copy has read it.
+            staging = self._staging(changed)
+            self._table.write(staging.data_ptr(), changed)
+            self._memory[:changed].copy_(staging, non_blocking=True)
+        if self._spare is None or self._spare.numel() < size:
+            self._spare = self._staging(size)
+        return self._memory
+
+    def _captured_memory(self) -> Tensor:
+        size = self._table.packed_size
+        spare, self._spare = self._spare, None
+        if spare is None or spare.numel() < size:
+            raise RuntimeError(
+                "step() is captured into a CUDA graph before it ran once outside of one: call "
+                "step() before each capture, as in PyTorch's recipe (warm-up on a side stream)"
+            )
+        memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._table.write(spare.data_ptr(), size)
+        memory.copy_(spare[:size], non_blocking=True)
+        self._captured += [memory, spare]
+        # Nothing has been uploaded by a capture: the next step outside starts anew.
+        self._memory = None
+        return memory
+
+    def _staging(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._is_cuda)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _native_group(
+    group: AdamWGroup, lr: float, lr_tensor: float | Tensor | None
+) -> tuple[Any, ...]:
+    address = lr_tensor.data_ptr() if isinstance(lr_tensor, Tensor) else 0
+    return (lr, address, *group[1:7], group.seed is not None, group.seed or 0)
 
 
 def check_update(update: ParamUpdate, zero_grad: bool) -> None:
     """Everything the native core relies on about shapes, types and places."""
-    param, grad, exp_avg, exp_avg_sq, max_sq, step, ages, rows, _ = update
+    param, grad, exp_avg, exp_avg_sq, max_sq, step, ages, rows, master, _, _ = update
     num_rows = param.shape[0] if param.dim() else 1
     state_rows = num_rows
     if rows is not None and exp_avg.dim() and exp_avg.shape[0] != num_rows:
@@ -248,24 +415,58 @@ def check_update(update: ParamUpdate, zero_grad: bool) -> None:
         expect("ages", ages, (state_rows,), torch.int32)
     if rows is not None:
         expect("rows", rows, (rows.numel(),), torch.int32)
+    if master is not None:
+        expect("master", master, state_shape, torch.float32)
+        if param.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"master of a parameter of {param.dtype}: it is one itself")
 
 
 def dispatch(
     updates: Sequence[ParamUpdate],
     groups: Sequence[AdamWGroup],
     grad_scale: float | Tensor = 1.0,
-    table: NativeTable | None = None,
+    found_inf: Tensor | None = None,
+    *,
+    tables: dict[torch.device, NativeTable] | None = None,
+    backend: str | None = None,
 ) -> None:
-    """Every parameter to the native core in one call where it can, else to the reference."""
-    rest = updates
-    if native is not None:
-        rest = (table or NativeTable()).update(updates, groups, float(grad_scale))
-    else:
-        for update in updates:
-            # All checks come before the first change.
+    """Each device's parameters to its fastest backend; what that does not support, to the next.
+
+    `tables`: the native tables that the caller keeps between steps. All checks come before the
+    first change.
+    """
+    tables = {} if tables is None else tables
+    by_device: dict[torch.device, list[ParamUpdate]] = {}
+    for update in updates:
+        by_device.setdefault(update[0].device, []).append(update)
+    native_tables: list[NativeTable] = []
+    triton_updates: list[list[ParamUpdate]] = []
+    rest: list[ParamUpdate] = []
+    for device, here in by_device.items():
+        chosen = backend or adamw_backend(device)[0]
+        if chosen == "native":
+            if device not in tables:
+                tables[device] = NativeTable() if device.type == "cpu" else CudaTable(device)
+            native_tables.append(tables[device])
+            rest += tables[device].prepare(here, groups)
+            continue
+        for update in here:
             check_update(update, groups[update[-1]].zero_grad)
-    for update in rest:
-        reference(update, groups[update[-1]], grad_scale)
+        if chosen == "triton":
+            from longact.kernels import masked_adamw_triton
+
+            fit = [masked_adamw_triton.supports(update) for update in here]
+            triton_updates.append([u for u, fits in zip(here, fit, strict=True) if fits])
+            rest += [u for u, fits in zip(here, fit, strict=True) if not fits]
+        else:
+            rest += here
+    for table in native_tables:
+        table.run(groups, grad_scale, found_inf)
+    for here in triton_updates:
+        masked_adamw_triton.update(here, groups, grad_scale, found_inf)
+    if rest and (found_inf is None or float(found_inf) == 0.0):
+        for update in rest:
+            reference(update, groups[update[-1]], grad_scale)
 
 
 def _updates(
@@ -297,6 +498,8 @@ def _updates(
             steps[i],
             ages[i] if ages[i].numel() else None,
             rows[i],
+            None,
+            i,
             0,
         )
         check_update(update, zero_grad)

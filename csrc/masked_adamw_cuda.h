@@ -1,0 +1,17 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "device_table.h"
+
+namespace longact {
+
+// One AdamW step over every tensor of an uploaded table, in one kernel launch on `stream` (a
+// cudaStream_t) of `device`. Throws std::runtime_error with CUDA's own message and the remedy.
+void masked_adamw_cuda(const AdamWLaunch& launch, int64_t num_chunks, int device, uintptr_t stream);
+
+// Why the kernel cannot run on `device` of this machine, or "".
+std::string cuda_unusable(int device);
+
+}  // namespace longact

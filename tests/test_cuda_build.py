@@ -1,0 +1,153 @@
+"""The CUDA kernels as nvcc builds them: every architecture, their resources and machine code.
+
+No GPU is needed. What the kernels compute is tested in test_masked_adamw.py, on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from native_builds import WHY_NO_BUILD, build, load
+
+NVCC = shutil.which("nvcc")
+
+pytestmark = [
+    pytest.mark.skipif(WHY_NO_BUILD is not None, reason=WHY_NO_BUILD or ""),
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
+]
+
+
+def _cuobjdump() -> str:
+    """Triton's package carries one."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if path.is_file():
+            return str(path)
+    found = shutil.which("cuobjdump")
+    if found is None:
+        pytest.skip("needs cuobjdump, which Triton for NVIDIA carries")
+    return found
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert NVCC is not None
+    # Warnings are errors there, those of ptxas about spills among them.
+    return build(tmp_path_factory.mktemp("cuda"), LONGACT_CUDA_ON_HOST="", CMAKE_CUDA_COMPILER=NVCC)
+
+
+@pytest.fixture(scope="module")
+def module(module_path: Path) -> ModuleType:
+    return load(module_path)
+
+
+class Kernel(NamedTuple):
+    arch: str
+    text: str
+
+
+def dump(path: Path, what: str) -> list[Kernel]:
+    """What cuobjdump says of each architecture's machine code."""
+    out = subprocess.run(
+        [_cuobjdump(), what, str(path)], check=True, capture_output=True, text=True
+    ).stdout
+    parts = re.split(r"Fatbin elf code:\n=+\n", out)[1:]
+    return [Kernel(re.search(r"arch = (\w+)", part)[1], part) for part in parts]  # type: ignore[index]
+
+
+@pytest.fixture(scope="module")
+def code(module_path: Path) -> dict[str, list[str]]:
+    """The instructions of each architecture, in order."""
+    return {
+        kernel.arch: re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?) *;", kernel.text)
+        for kernel in dump(module_path, "-sass")
+    }
+
+
+def newest_toolkit() -> bool:
+    version = subprocess.run([str(NVCC), "--version"], check=True, capture_output=True, text=True)
+    found = re.search(r"release (\d+)\.(\d+)", version.stdout)
+    assert found is not None
+    return (int(found[1]), int(found[2])) >= (12, 8)
+
+
+ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90"]
+
+
+def test_every_architecture_is_in_it_and_ptx_for_later_ones(module_path: Path) -> None:
+    archs = [*ARCHS, "sm_100", "sm_120"] if newest_toolkit() else ARCHS
+    assert sorted(k.arch for k in dump(module_path, "-sass")) == sorted(archs)
+    ptx = subprocess.run(
+        [_cuobjdump(), "-lptx", str(module_path)], check=True, capture_output=True, text=True
+    ).stdout
+    assert f".{archs[-1]}.ptx" in ptx
+
+
+def test_no_spills_and_half_of_the_threads_at_least(module_path: Path) -> None:
+    """65,536 registers for 1,024 threads of at most 2,048."""
+    for kernel in dump(module_path, "-res-usage"):
+        assert "masked_adamw" in kernel.text
+        usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", kernel.text))
+        assert int(usage["REG"]) <= 64, kernel
+        assert int(usage["STACK"]) == int(usage["LOCAL"]) == 0, kernel
+        assert int(usage["SHARED"]) <= 8192, kernel
+
+
+def test_accesses_are_of_16_bytes_and_in_flight_together(code: dict[str, list[str]]) -> None:
+    """The one vector loop serves every dtype: p, g, m, v and vmax, two accesses each in fp32."""
+    assert code
+    for arch, instructions in code.items():
+        loads = [i for i, text in enumerate(instructions) if re.search(r"LDG\.E.*\.128 ", text)]
+        stores = [i for i, text in enumerate(instructions) if re.search(r"STG\.E.*\.128 ", text)]
+        assert len(loads) == 10, arch  # vmax comes later: amsgrad is rare
+        # Three ways for each of the moments, vmax and the parameter (fp32's has two), its
+        # stochastic rounding, and the master.
+        assert len(stores) >= 19, arch
+        first = next(i for i, text in enumerate(instructions) if "FMUL" in text and i > loads[0])
+        assert loads[7] < first, f"{arch}: a load waits for arithmetic"
+        assert loads[7] < stores[0] < loads[8], arch
+        # Streaming, so that one step's data does not push out what other kernels keep in the cache.
+        assert all(".EF" in instructions[i] or arch >= "sm_100" for i in (*loads, *stores)), arch
+
+
+def test_arithmetic_is_not_fused(code: dict[str, list[str]]) -> None:
+    """Multiply-add in one rounding would differ from the CPU path; division's own steps use it."""
+    for arch, instructions in code.items():
+        # 8 elements by 3 products and sums each in the moments alone.
+        assert sum(bool(re.search(r"\bFADD", text)) for text in instructions) >= 24, arch
+
+
+def test_it_loads_and_says_why_it_cannot_run(module: ModuleType) -> None:
+    assert module.cuda.startswith("CUDA ")
+    assert all(arch in module.cuda for arch in ARCHS)
+    if torch.cuda.is_available():
+        assert module.cuda_unusable(0) == ""
+        assert "invalid device" in module.cuda_unusable(10_000)
+        return
+    assert re.search("driver|no CUDA device", module.cuda_unusable(0))
+    table = module.AdamWTable()
+    table.pack([], [])
+    with pytest.raises(
+        RuntimeError, match=r"CUDA kernel cannot run on device 0: .*(driver|device)"
+    ):
+        table.launch(0, 0, 0, 0, 0, 0)
+
+
+def test_chosen_architectures(tmp_path: Path) -> None:
+    path = build(
+        tmp_path,
+        LONGACT_CUDA_ON_HOST="",
+        CMAKE_CUDA_COMPILER=str(NVCC),
+        LONGACT_CUDA_ARCHS="86, 90",
+    )
+    assert sorted(k.arch for k in dump(path, "-sass")) == ["sm_86", "sm_90"]
+    assert "sm_86 sm_90" in load(path).cuda
