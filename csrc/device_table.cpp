@@ -25,6 +25,11 @@ int64_t step_bytes(const AdamWTensor& t, bool zero_grad) {
 
 constexpr size_t aligned(size_t offset) { return (offset + 15) / 16 * 16; }
 
+template <typename T>
+void put(std::vector<char>& image, size_t at, const std::vector<T>& values) {
+  if (!values.empty()) std::memcpy(image.data() + at, values.data(), values.size() * sizeof(T));
+}
+
 }  // namespace
 
 size_t DeviceTable::pack(const std::vector<AdamWTensor>& tensors, const std::vector<const void*>& grads,
@@ -37,8 +42,8 @@ size_t DeviceTable::pack(const std::vector<AdamWTensor>& tensors, const std::vec
 
   const size_t tail = tensors_changed || size != image_.size() || grads_at != grads_ ? 0 : tensors_at;
   std::vector<char> image(size);
-  std::memcpy(image.data(), groups.data(), groups.size() * sizeof(AdamWGroup));
-  std::memcpy(image.data() + grads_at, grads.data(), grads.size() * sizeof(void*));
+  put(image, 0, groups);
+  put(image, grads_at, grads);
   if (tail != 0) {
     std::memcpy(image.data() + tail, image_.data() + tail, size - tail);
     const bool same = std::memcmp(image.data(), image_.data(), tail) == 0;
@@ -46,7 +51,7 @@ size_t DeviceTable::pack(const std::vector<AdamWTensor>& tensors, const std::vec
     return same ? 0 : tail;
   }
 
-  std::memcpy(image.data() + tensors_at, tensors.data(), tensors.size() * sizeof(AdamWTensor));
+  put(image, tensors_at, tensors);
   std::vector<int64_t> first_chunk{0};
   bytes_ = 0;
   for (const AdamWTensor& t : tensors) {
@@ -60,7 +65,7 @@ size_t DeviceTable::pack(const std::vector<AdamWTensor>& tensors, const std::vec
     }
     first_chunk.push_back(first_chunk.back() + chunks);
   }
-  std::memcpy(image.data() + first_chunk_at, first_chunk.data(), first_chunk.size() * sizeof(int64_t));
+  put(image, first_chunk_at, first_chunk);
   num_chunks_ = first_chunk.back();
   num_tensors_ = tensors.size();
   grads_ = grads_at;

@@ -21,7 +21,10 @@
 namespace longact {
 namespace {
 
-constexpr int kThreads = 256;
+#ifndef LONGACT_BLOCK_THREADS  // fewer make tests under a sanitizer bearable
+#define LONGACT_BLOCK_THREADS 256
+#endif
+constexpr int kThreads = LONGACT_BLOCK_THREADS;
 constexpr int kBlocksPerSM = 4;  // 64 registers a thread: half of the threads an SM can hold
 constexpr int kVector = 8;       // elements: one access of 16 bytes in bf16, two in fp32
 static_assert(kVector == kRandomGroup, "a vector takes the random bits of one group");

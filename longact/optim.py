@@ -229,7 +229,7 @@ class FusedMaskedAdam(Optimizer):
                 tables=self._tables,
                 backend=self._backend,
             )
-        except ValueError:  # from the checks, which come before the first change
+        except (ValueError, RuntimeError):  # from what comes before the first change
             for state, old in undo:
                 state.clear()
                 state.update(old)

@@ -32,6 +32,7 @@ def sanitized_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("sanitized"),
         CMAKE_BUILD_TYPE="RelWithDebInfo",
         LONGACT_SANITIZE="address,undefined",
+        CMAKE_CXX_FLAGS="-DLONGACT_BLOCK_THREADS=64",
     )
 
 
@@ -53,14 +54,13 @@ def run(module: Path, *args: str) -> subprocess.CompletedProcess[str]:
 def test_kernel_tests_pass_under_sanitizers(sanitized_build: Path) -> None:
     done = run(
         sanitized_build, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-        "tests/test_masked_adamw.py", "tests/test_ops.py", "-m", "not slow", "-k", "not compile",
+        "tests/test_masked_adamw.py", "tests/test_cuda_kernel.py", "tests/test_ops.py",
+        "-m", "not slow", "-k", "not compile",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 
 
-def test_sanitizers_see_an_out_of_bounds_row(sanitized_build: Path) -> None:
-    """The harness itself: were this not reported, the test above would be blind."""
-    script = """
+OUT_OF_BOUNDS = """
 import os, importlib.util, array
 spec = importlib.util.spec_from_file_location("longact._native", os.environ["LONGACT_TEST_NATIVE"])
 native = importlib.util.module_from_spec(spec); spec.loader.exec_module(native)
@@ -71,8 +71,19 @@ p, g, m, v = (a.buffer_info()[0] for a in floats)
 table = native.AdamWTable(); table.resize(1)
 table.set(0, p, 0, m, v, 0, step.buffer_info()[0], ages.buffer_info()[0], rows.buffer_info()[0], 0,
           1, 6, 64, 0, 0, 0, 0, 0, False)
-table.update([g], [(1e-3, 0, 0.9, 0.999, 1e-8, 0.0, False, False, False, 0)], 1.0, 1)
+groups = [(1e-3, 0, 0.9, 0.999, 1e-8, 0.0, False, False, False, 0)]
 """
-    done = run(sanitized_build, "-c", script)
+ON_CPU = "table.update([g], groups, 1.0, 1)"
+ON_CUDA = """
+image = array.array("b", [0] * table.pack([g], groups)); done = array.array("i", [0])
+table.write(image.buffer_info()[0], len(image))
+table.launch(image.buffer_info()[0], done.buffer_info()[0], 0, 0, 0, 0)
+"""
+
+
+@pytest.mark.parametrize("call", [ON_CPU, ON_CUDA], ids=["cpu", "cuda"])
+def test_sanitizers_see_an_out_of_bounds_row(sanitized_build: Path, call: str) -> None:
+    """The harness itself: were this not reported, the test above would be blind."""
+    done = run(sanitized_build, "-c", OUT_OF_BOUNDS + call)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

@@ -308,33 +308,39 @@ class CudaTable(NativeTable):
             for group, lr in zip(groups, lrs, strict=True)
         ]
         changed = self._table.pack(self._grads, native_groups)
-        capturing = self._is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = self._capturing()
         memory = self._captured_memory() if capturing else self._uploaded(changed)
-        if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-            grad_scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=self._device)
-        else:
-            grad_scale = None  # type: ignore[assignment]
-        if found_inf is not None:
-            found_inf = found_inf.to(self._device, torch.float32, non_blocking=True)
+        unscaled = not isinstance(grad_scale, Tensor) and grad_scale == 1.0
+        scale = None if unscaled else self._tensor(grad_scale)
+        skip = None if found_inf is None else self._tensor(found_inf)
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._is_cuda else 0
         self._table.launch(
             memory.data_ptr(),
             self._blocks_done.data_ptr(),
-            _address(grad_scale),  # type: ignore[arg-type]
-            _address(found_inf),
+            _address(scale),
+            _address(skip),
             self._device.index or 0,
             stream,
         )
         if capturing:
-            self._captured += [t for t in (*lrs, grad_scale, found_inf) if isinstance(t, Tensor)]
+            self._captured += [t for t in (*lrs, scale, skip) if isinstance(t, Tensor)]
         # Freed memory is reused in the order of the stream: nothing needs to be kept.
         self._copies = []
+
+    def _capturing(self) -> bool:
+        return self._is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _scalar(self, lr: float | Tensor) -> float | Tensor:
         """A tensor on the GPU is read there, in fp32; one on the CPU here."""
         if not isinstance(lr, Tensor) or (lr.is_cpu and self._is_cuda):
             return float(lr)
-        return lr.to(self._device, torch.float32, non_blocking=True)
+        return self._tensor(lr)
+
+    def _tensor(self, value: float | Tensor) -> Tensor:
+        """fp32 on the device; nothing waits for it."""
+        if isinstance(value, Tensor):
+            return value.to(self._device, torch.float32, non_blocking=True)
+        return torch.full((), value, dtype=torch.float32, device=self._device)
 
     def _uploaded(self, changed: int) -> Tensor:
         size = self._table.packed_size

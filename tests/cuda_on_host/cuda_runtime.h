@@ -163,6 +163,13 @@ void store(T* to, T value) {
 
 }  // namespace cuda_on_host
 
+// For ctypes: the bytes counted since the last call.
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_on_host_bytes() {
+  const int64_t bytes = cuda_on_host::bytes_loaded + cuda_on_host::bytes_stored;
+  cuda_on_host::bytes_loaded = cuda_on_host::bytes_stored = 0;
+  return bytes;
+}
+
 #define threadIdx cuda_on_host::thread_index
 #define blockIdx cuda_on_host::block_index
 #define gridDim cuda_on_host::grid_size
