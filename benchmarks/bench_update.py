@@ -3,6 +3,7 @@
     python benchmarks/bench_update.py                # SmolLM2-135M, under a minute on 2 cores
     python benchmarks/bench_update.py --model qwen3-8b --dtype bfloat16 --keep 0.3
     python benchmarks/bench_update.py --json bench.json --plot bench.png
+    python benchmarks/bench_update.py --device cuda  # beside torch.compile, apex and others, too
 
 A  the masked parameters alone (q_proj and k_proj of each layer)
 B  the whole model: q_proj and k_proj masked, everything else dense
@@ -12,7 +13,8 @@ E  the layers: channel magnitude beside its projection's forward, row gradient b
 
 Every optimizer that is timed first makes two steps; a sample of its rows, of parameters and of
 moments, is compared with the float64 reference. If one differs, the run ends with exit code 1 and
-prints no timing. The variants of a table take turns, each once a round, in an order that rotates;
+prints no timing. (Of torch.compile, apex, bitsandbytes and DeepSpeed a note says instead why they
+are not timed.) The variants of a table take turns, each once a round, in an order that rotates;
 figures are medians over the rounds.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -35,7 +38,7 @@ from typing import Any, Literal
 
 import torch
 from shapes import MODELS, ModelShape, ParamShape
-from timing import COPY_BYTES, MAX_ROUNDS, MIN_ROUNDS, Clock, Limits, Timing, measure
+from timing import MAX_ROUNDS, MIN_ROUNDS, Clock, Limits, Timing, make_clock, measure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,9 +53,13 @@ LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.1
 # What an element may differ by from the float64 reference, as a share of its size and its update's.
 # torch's single and foreach round to 16 bits after each of their operations.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# torch's capturable AdamW computes 1 - beta2 ** step in float32: 6e-8 of 2e-3 at the second step.
+COMPILED_TOLERANCE = 1e-4
 
 LARGE = 4  # projections in table C: as many make the cost of a step's call small
-MAX_ELEMENTS = 256_000_000  # of the model: 16 bytes each in float32
+DEFAULT_MODEL = {"cpu": "smollm2-135m", "cuda": "qwen3-8b"}
+MAX_ELEMENTS = {"cpu": 256_000_000, "cuda": 1_000_000_000}  # of the model
+GPU_BYTES = 32  # of a GPU's memory for each of them: 16 in float32, and what torch's foreach takes
 SAMPLE_ELEMENTS = 1 << 15  # of a parameter, in rows spread over it, are checked
 
 
@@ -63,32 +70,70 @@ class CheckFailed(Exception):
 # ---- variants ------------------------------------------------------------------------------------
 
 
+Kind = Literal[
+    "single", "foreach", "fused", "compiled", "apex", "bitsandbytes", "deepspeed", "full", "compact"
+]
+# What is timed on a GPU where it is installed: the package, its optimizer's module and name.
+OTHERS: dict[Kind, tuple[str, str, str]] = {
+    "apex": ("apex", "apex.optimizers", "FusedAdam"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes.optim", "AdamW"),
+    "deepspeed": ("DeepSpeed", "deepspeed.ops.adam", "FusedAdam"),
+}
+
+
 @dataclass(frozen=True)
 class Spec:
     """What one line of a table measures."""
 
-    kind: Literal["single", "foreach", "fused", "full", "compact"]
+    kind: Kind
     keep: float | None = None  # None: no selection, every parameter is dense
 
     @property
     def is_torch(self) -> bool:
-        return self.kind in ("single", "foreach", "fused")
+        return self.kind in ("single", "foreach", "fused", "compiled")
+
+    @property
+    def is_longact(self) -> bool:
+        return self.kind in ("full", "compact")
+
+    @property
+    def is_optional(self) -> bool:
+        """Another's, which may not run here; a table goes without it then."""
+        return self.kind == "compiled" or self.kind in OTHERS
 
     @property
     def label(self) -> str:
         if self.is_torch:
             return f"torch AdamW {self.kind}"
+        if self.kind in OTHERS:
+            package, _, name = OTHERS[self.kind]
+            return f"{package} {name}"
         if self.keep is None:
             return "longact, no selection"
         return f"longact keep {self.keep:g} {self.kind}"
 
     def moment_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """torch stores moments in the parameter's dtype, longact in float32."""
-        return dtype if self.is_torch else torch.float32
+        """torch and DeepSpeed store moments in the parameter's dtype, the others in float32."""
+        return dtype if self.is_torch or self.kind == "deepspeed" else torch.float32
+
+    def tolerance(self, stored: torch.dtype) -> float:
+        return max(TOLERANCE[stored], COMPILED_TOLERANCE if self.kind == "compiled" else 0.0)
 
 
-def all_specs(keeps: Sequence[float]) -> list[Spec]:
-    specs = [Spec("single"), Spec("foreach"), Spec("fused")]
+def gpu_specs(compiled: bool = True) -> tuple[list[Spec], list[str]]:
+    """What only a GPU run times beside the rest, and the packages for it that are not installed."""
+    specs = [Spec("compiled")] if compiled else []
+    missing = []
+    for kind, (package, _, _) in OTHERS.items():
+        if importlib.util.find_spec(kind) is not None:
+            specs.append(Spec(kind))
+        else:
+            missing.append(package)
+    return specs, missing
+
+
+def all_specs(keeps: Sequence[float], others: Sequence[Spec] = ()) -> list[Spec]:
+    specs = [Spec("single"), Spec("foreach"), Spec("fused"), *others]
     for keep in keeps:
         specs += [Spec("full", keep), Spec("compact", keep)]
     return specs
@@ -138,9 +183,13 @@ class Variant:
     spec: Spec
     params: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    compiled: Callable[[], object] | None = None
 
     def step(self) -> None:
-        self.optimizer.step()
+        if self.compiled is not None:
+            self.compiled()
+        else:
+            self.optimizer.step()
 
 
 def random_rows(index: int, channels: int, keep: float) -> Tensor:
@@ -158,26 +207,49 @@ def make_variant(spec: Spec, buffers: Buffers) -> Variant:
             rows = random_rows(i, shape.shape[0], spec.keep)
             longact.set_rows(param, rows.to(buffers.device))
         params.append(param)
-    optimizer: torch.optim.Optimizer
-    if spec.is_torch:
-        optimizer = torch.optim.AdamW(
-            params, LR, BETAS, EPS, WEIGHT_DECAY,
-            foreach=spec.kind == "foreach", fused=spec.kind == "fused",
-        )  # fmt: skip
-    else:
-        state: Literal["full", "compact"] = "compact" if spec.kind == "compact" else "full"
-        optimizer = longact.FusedMaskedAdam(params, LR, BETAS, EPS, WEIGHT_DECAY, state=state)
-    step_device = "cpu" if spec.kind in ("single", "foreach") else buffers.device
+    optimizer = make_optimizer(spec, params)
     moments = buffers.moments(spec.moment_dtype(buffers.dtype))
     for param, (exp_avg, exp_avg_sq) in zip(params, moments, strict=True):
         if spec.kind == "compact" and longact.get_rows(param) is not None:
             continue  # its moments have another shape: the optimizer makes them
-        optimizer.state[param] = {
-            "step": torch.zeros((), dtype=torch.float32, device=step_device),
-            "exp_avg": exp_avg,
-            "exp_avg_sq": exp_avg_sq,
-        }
-    return Variant(spec, params, optimizer)
+        first, second = moment_names(spec)
+        optimizer.state[param] = {first: exp_avg, second: exp_avg_sq}
+        if spec.kind in ("bitsandbytes", "deepspeed"):
+            optimizer.state[param]["step"] = 0
+        elif spec.kind != "apex":  # which counts in its group
+            optimizer.state[param]["step"] = torch.zeros(
+                (),
+                dtype=torch.float32,
+                device="cpu" if spec.kind in ("single", "foreach") else buffers.device,
+            )
+    variant = Variant(spec, params, optimizer)
+    if spec.kind == "compiled":
+        torch.compiler.reset()  # of the last table's, which would count as recompilations
+        variant.compiled = torch.compile(optimizer.step)
+    return variant
+
+
+def make_optimizer(spec: Spec, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if spec.is_torch:
+        return torch.optim.AdamW(
+            params, LR, BETAS, EPS, WEIGHT_DECAY,
+            foreach=spec.kind in ("foreach", "compiled"), fused=spec.kind == "fused",
+            capturable=spec.kind == "compiled" and params[0].is_cuda,
+        )  # fmt: skip
+    if spec.kind in OTHERS:
+        _, module, name = OTHERS[spec.kind]
+        make = getattr(importlib.import_module(module), name)
+        options = {} if spec.kind == "bitsandbytes" else {"adam_w_mode": True}
+        optimizer: torch.optim.Optimizer = make(
+            params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **options
+        )
+        return optimizer
+    state: Literal["full", "compact"] = "compact" if spec.kind == "compact" else "full"
+    return longact.FusedMaskedAdam(params, LR, BETAS, EPS, WEIGHT_DECAY, state=state)
+
+
+def moment_names(spec: Spec) -> tuple[str, str]:
+    return ("state1", "state2") if spec.kind == "bitsandbytes" else ("exp_avg", "exp_avg_sq")
 
 
 def elements_updated(variant: Variant) -> int:
@@ -198,15 +270,18 @@ def state_bytes(variant: Variant, *, moments_only: bool) -> int:
         value.numel() * value.element_size()
         for state in variant.optimizer.state.values()
         for key, value in state.items()
-        if isinstance(value, Tensor) and (not moments_only or key in ("exp_avg", "exp_avg_sq"))
+        if isinstance(value, Tensor) and (not moments_only or key in moment_names(variant.spec))
     )
 
 
 # ---- correctness ---------------------------------------------------------------------------------
 
 
-def sample(variant: Variant, index: int, at: Tensor) -> ParamUpdate:
-    """Rows `at` of one parameter and of its state, copied to float64, as `reference` takes them."""
+def sample(variant: Variant, index: int, at: Tensor, steps: int) -> ParamUpdate:
+    """Rows `at` of one parameter and of its state, copied to float64, as `reference` takes them.
+
+    `steps`: how many the variant has made.
+    """
     param = variant.params[index]
     state = variant.optimizer.state[param]
     rows = longact.get_rows(param)
@@ -226,21 +301,25 @@ def sample(variant: Variant, index: int, at: Tensor) -> ParamUpdate:
         return out
 
     p, g = (t.detach().index_select(0, at).double() for t in (param, param.grad))
-    m, v = of_state("exp_avg", p), of_state("exp_avg_sq", p)
-    step = state["step"].clone() if "step" in state else torch.zeros(())
+    m, v = (of_state(name, p) for name in moment_names(variant.spec))
+    step = torch.tensor(float(steps), device=p.device)
     if rows is None:
-        return p, g, m, v, None, step, None, None, 0
+        return p, g, m, v, None, step, None, None, None, 0, 0
     ages = of_state("ages", torch.zeros_like(at, dtype=torch.int32))
-    return p, g, m, v, None, step, ages, selected.to(torch.int32), 0
+    return p, g, m, v, None, step, ages, selected.to(torch.int32), None, 0, 0
 
 
 def compare(variant: Variant, name: str, before: ParamUpdate, after: ParamUpdate) -> None:
-    p, g, m, v, _, step, ages, rows, _ = before
+    p, g, m, v, _, step, ages, rows, *_ = before
     wanted: ParamUpdate = (
         p.clone(), g, m.clone(), v.clone(), None,
-        step.clone(), None if ages is None else ages.clone(), rows, 0,
+        step.clone(), None if ages is None else ages.clone(), rows, None, 0, 0,
     )  # fmt: skip
-    reference(wanted, AdamWGroup(LR, *BETAS, EPS, WEIGHT_DECAY, maximize=False, zero_grad=False))
+    decay_last = variant.spec.kind == "bitsandbytes" and p.is_cuda  # p decays after its update
+    decay = 0.0 if decay_last else WEIGHT_DECAY
+    reference(wanted, AdamWGroup(LR, *BETAS, EPS, decay, maximize=False, zero_grad=False))
+    if decay_last:
+        wanted[0].mul_(1.0 - LR * WEIGHT_DECAY)
     trained = torch.full((p.shape[0],), rows is None, device=p.device)
     if rows is not None:
         trained[rows.long()] = True
@@ -257,7 +336,7 @@ def compare(variant: Variant, name: str, before: ParamUpdate, after: ParamUpdate
         # Also fails where nothing was updated: the tolerance is far below the update's own size.
         error = (got - want).abs() / (want.abs() + (want - old).abs()).clamp_min(1e-30)
         worst = float(error.max())
-        if not worst <= TOLERANCE[stored]:
+        if not worst <= variant.spec.tolerance(stored):
             raise CheckFailed(f"{where}: differs from the reference by {worst:.1e} of its value")
 
 
@@ -271,11 +350,11 @@ def check(variant: Variant, shapes: Sequence[ParamShape], steps: int = 2) -> Non
         count = min(rows, max(2, SAMPLE_ELEMENTS * rows // shapes[index].numel))
         at = torch.linspace(0, rows - 1, count, dtype=torch.float64).round().long()
         samples[index] = at.to(variant.params[index].device)
-    for _ in range(steps):
-        before = {i: sample(variant, i, at) for i, at in samples.items()}
+    for step in range(steps):
+        before = {i: sample(variant, i, at, step) for i, at in samples.items()}
         variant.step()
         for i, at in samples.items():
-            compare(variant, shapes[i].name, before[i], sample(variant, i, at))
+            compare(variant, shapes[i].name, before[i], sample(variant, i, at, step + 1))
 
 
 # ---- tables A to D: optimizer steps --------------------------------------------------------------
@@ -314,6 +393,29 @@ class Table:
         return next((r for r in self.rows if r.kind == kind and r.keep == keep), None)
 
 
+def make_checked(specs: Sequence[Spec], buffers: Buffers, notes: list[str]) -> dict[str, Variant]:
+    """Every variant, checked; `notes` gets why one of another package is left out.
+
+    Raises:
+        CheckFailed: a result of longact's or of torch's own differs from the reference.
+    """
+    variants = {}
+    for spec in specs:
+        try:
+            variant = make_variant(spec, buffers)
+            check(variant, buffers.shapes)
+        except Exception as error:
+            if not spec.is_optional:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notes.append(
+                f"not timed: {reason if spec.label in reason else f'{spec.label}: {reason}'}"
+            )
+        else:
+            variants[spec.label] = variant
+    return variants
+
+
 def bench_updates(
     key: str,
     title: str,
@@ -327,9 +429,8 @@ def bench_updates(
 ) -> Table:
     """Checks every variant, then times them all. `cold=False`: host overhead, in a warm cache."""
     progress(f"table {key}: {len(specs)} variants, checking")
-    variants = {spec.label: make_variant(spec, buffers) for spec in specs}
-    for variant in variants.values():
-        check(variant, buffers.shapes)
+    notes: list[str] = []
+    variants = make_checked(specs, buffers, notes)
     progress(f"table {key}: all correct, measuring")
     calls: dict[str, Callable[[], object]] = {name: v.step for name, v in variants.items()}
     if cold:
@@ -342,11 +443,12 @@ def bench_updates(
         title,
         parameters=len(buffers.shapes),
         elements=sum(s.numel for s in buffers.shapes),
-        rounds=len(samples[specs[0].label]),
+        rounds=len(samples[Spec("fused").label]),
+        notes=notes,
     )
     if cold:
-        table.copy_gb_per_s = 2e-6 * COPY_BYTES / timings["copy"].median
-        table.add_gb_per_s = 3e-6 * COPY_BYTES / timings["add"].median
+        table.copy_gb_per_s = 2e-6 * clock.copy_bytes / timings["copy"].median
+        table.add_gb_per_s = 3e-6 * clock.copy_bytes / timings["add"].median
     for name, variant in variants.items():
         spec, ms = variant.spec, timings[name]
         elements = elements_updated(variant)
@@ -507,6 +609,31 @@ class Goal:
         )
 
 
+def host_goal(tables: dict[str, Table]) -> Goal:
+    host = tables["D"].row("full", None)
+    assert host is not None
+    text = "D: time of a step over 300 small parameters, of torch fused's"
+    return Goal(text, 1 / host.vs_fused, 0.5, at_least=False)
+
+
+def find_gpu_goals(tables: dict[str, Table]) -> list[Goal]:
+    """The update's; the layers' ops have no GPU kernels yet, and no goals here."""
+    goals = []
+    table = tables["C"]
+    for keep, share in ((1.0, 0.92), (0.3, 0.85)):
+        row = table.row("full", keep)
+        if row is not None and row.of_copy is not None:
+            text = f"C: update at keep {keep:g}, full state, of the copy bandwidth"
+            goals.append(Goal(text, row.of_copy, share, at_least=True, unit=" %"))
+    ours = table.row("full", 0.3)
+    for kind in ("fused", "apex"):
+        other = table.row(kind, None)
+        if ours is not None and other is not None:
+            text = f"C: update at keep 0.3, full state, against {other.variant}"
+            goals.append(Goal(text, other.ms.median / ours.ms.median, 3.0, at_least=True))
+    return [*goals, host_goal(tables)]
+
+
 def find_goals(model: str, tables: dict[str, Table], layers: Sequence[LayerRow]) -> list[Goal]:
     """The project's speed lines, as far as this run measured them."""
     goals = []
@@ -521,16 +648,7 @@ def find_goals(model: str, tables: dict[str, Table], layers: Sequence[LayerRow])
     speed("C", 0.3, 3.0)
     if model == "smollm2-135m":
         speed("A", 0.3, 2.5)
-    host = tables["D"].row("full", None)
-    assert host is not None
-    goals.append(
-        Goal(
-            "D: time of a step over 300 small parameters, of torch fused's",
-            1 / host.vs_fused,
-            0.5,
-            False,
-        )
-    )
+    goals.append(host_goal(tables))
     share = max(max(r.magnitude_share, r.magnitude_masked_share) for r in layers)
     goals.append(
         Goal("E: channel magnitude, of its projection's forward", share, 0.05, False, " %")
@@ -554,6 +672,10 @@ def progress(text: str) -> None:
     print(f"[{time.perf_counter() - _START:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
+def in_ms(ms: float) -> str:
+    return f"{ms:.2f} ms" if ms >= 1.0 else f"{ms:.3f} ms"
+
+
 def print_table(table: Table) -> None:
     measured = f"{table.parameters} parameters, {table.elements / 1e6:.3g} M elements; "
     measured += f"{table.rounds} rounds"
@@ -567,10 +689,10 @@ def print_table(table: Table) -> None:
         header += f"{'GB/s':>7}{'of copy':>9}{'of add':>8}"
     print(header + f"{'state':>11}  against torch fused")
     for row in table.rows:
-        line = f"   {row.variant:24}{row.ms.median:7.2f} ms{row.ms.spread:8.0%}"
+        line = f"   {row.variant:24}{in_ms(row.ms.median):>10}{row.ms.spread:8.0%}"
         if row.gb_per_s is not None:
             line += f"{row.gb_per_s:7.1f}{row.of_copy:9.0%}{row.of_add:8.0%}"
-        slower = "  slower" if row.vs_fused < 0.995 and row.kind in ("full", "compact") else ""
+        slower = "  slower" if row.vs_fused < 0.995 and row.variant.startswith("longact") else ""
         print(line + f"{row.state_bytes / 1e6:8.1f} MB{row.vs_fused:8.2f}x{slower}")
 
 
@@ -582,15 +704,15 @@ def print_layers(layers: Sequence[LayerRow], tokens: int) -> None:
     )
     for r in layers:
         print(
-            f"   {r.projection:22}{r.forward_ms.median:7.2f} ms  "
-            f"{r.magnitude_ms.median:6.2f} ms {r.magnitude_share:6.1%}  "
-            f"{r.magnitude_masked_ms.median:6.2f} ms {r.magnitude_masked_share:6.1%}  "
-            f"{r.dense_grad_ms.median:7.2f} ms  "
-            f"{r.row_grad_ms.median:7.2f} ms {r.row_grad_ratio:6.2f}x"
+            f"   {r.projection:22}{in_ms(r.forward_ms.median):>10}  "
+            f"{in_ms(r.magnitude_ms.median):>9} {r.magnitude_share:6.1%}  "
+            f"{in_ms(r.magnitude_masked_ms.median):>9} {r.magnitude_masked_share:6.1%}  "
+            f"{in_ms(r.dense_grad_ms.median):>10}  "
+            f"{in_ms(r.row_grad_ms.median):>10} {r.row_grad_ratio:6.2f}x"
         )
 
 
-def bytes_model_text(dtype: torch.dtype) -> str:
+def bytes_model_text(dtype: torch.dtype, clock: Clock) -> str:
     name = str(dtype).removeprefix("torch.")
     ours, theirs = bytes_per_element(Spec("full"), dtype), bytes_per_element(Spec("fused"), dtype)
     if ours == theirs:
@@ -600,15 +722,21 @@ def bytes_model_text(dtype: torch.dtype) -> str:
             f"in {name} {theirs} bytes an element with torch's {name} moments,\n"
             f"{ours} with longact's float32 ones"
         )
-    return f"""\
+    copied = clock.copy_bytes >> 20
+    text = f"""\
 GB/s: the bytes that an update must move, over its median time. AdamW reads p, g, m, v and writes
 p, m, v: {size}; a masked step moves that for its selected rows.
-of copy: share of what torch's copy_ of {COPY_BYTES >> 20} MiB reaches in the same rounds, its reads
+of copy: share of what torch's copy_ of {copied} MiB reaches in the same rounds, its reads
 and writes counted. A processor may fetch each line before it overwrites it, which is not counted,
 so above 100 % is possible. of add: the same of an in-place add, which has no such hidden bytes.
 spread: interquartile range over median. state: what the optimizer holds.
 Rows are random, from a fixed seed. Before each step the caches are emptied, as a forward and a
 backward do."""
+    if clock.device.type == "cuda":
+        text += f"""
+Times are the device's, between two CUDA events, the host being ahead; those of table D are the
+host's, without waiting for the device. The caches are emptied by writing {copied} MiB."""
+    return text
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -633,7 +761,45 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def print_header(args: argparse.Namespace, info: dict[str, Any], model: ModelShape) -> None:
+@dataclass
+class DeviceLimits:
+    """What a GPU can do at best: the two floors under a step's time."""
+
+    copy_gb_per_s: float  # reads and writes
+    add_gb_per_s: float
+    launch_us: float  # one kernel that has next to nothing to do
+    l2_mib: float
+
+    @classmethod
+    def of(cls, clock: Clock, limits: Limits) -> DeviceLimits:
+        calls: dict[str, Callable[[], object]] = {
+            "copy": clock.copy,
+            "add": clock.add,
+            "launch": clock.launch,
+        }
+        samples = measure(calls, clock, limits, 1.0, cold=True)
+        ms = {name: Timing.of(values).median for name, values in samples.items()}
+        return cls(
+            2e-6 * clock.copy_bytes / ms["copy"],
+            3e-6 * clock.copy_bytes / ms["add"],
+            1e3 * ms["launch"],
+            torch.cuda.get_device_properties(clock.device).L2_cache_size / 2**20,
+        )
+
+
+def print_device(found: DeviceLimits, missing: Sequence[str]) -> None:
+    print(
+        f"Measured here: copy {found.copy_gb_per_s:.0f} GB/s, in-place add "
+        f"{found.add_gb_per_s:.0f} GB/s, a kernel of one element {found.launch_us:.1f} us; "
+        f"L2 {found.l2_mib:.0f} MiB"
+    )
+    if missing:
+        print(f"Not installed, so not compared: {', '.join(missing)}")
+
+
+def print_header(
+    args: argparse.Namespace, info: dict[str, Any], model: ModelShape, clock: Clock
+) -> None:
     print(f"longact {info['longact']}, torch {info['torch']}, Python {info['python']}")
     print(f"{info['device']}, {info['threads']} threads, {args.dtype}")
     print(f"longact's update runs on: {info['backends']['masked_adamw_']}")
@@ -647,7 +813,7 @@ def print_header(args: argparse.Namespace, info: dict[str, Any], model: ModelSha
             f"{model.numel / 1e6:.1f} M of {whole.numel / 1e6:.1f} M elements"
         )
     print()
-    print(bytes_model_text(DTYPES[args.dtype]))
+    print(bytes_model_text(DTYPES[args.dtype], clock))
 
 
 def print_end(clock: Clock) -> None:
@@ -708,15 +874,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", choices=MODELS, default="smollm2-135m", help="default: %(default)s")
+    add("--model", choices=MODELS,
+        help="default: {cpu}, on a GPU {cuda}".format(**DEFAULT_MODEL))  # fmt: skip
     add("--keep", type=keep_ratio, nargs="+", default=[1.0, 0.5, 0.3, 0.1], metavar="RATIO")
     add("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive, help="default: torch's own choice")
     add("--rounds", type=positive, help=f"default: {MIN_ROUNDS} to {MAX_ROUNDS}, as time allows")
     add("--tokens", type=positive, default=2048, help="of table E (default: %(default)s)")
-    add("--max-elements", type=positive, default=MAX_ELEMENTS, metavar="N",
-        help="cut larger models to about this size (default: %(default)s)")  # fmt: skip
+    add("--max-elements", type=positive, metavar="N",
+        help="cut larger models to about this size "
+             "(default: {cpu}, on a GPU {cuda} or what fits)".format(**MAX_ELEMENTS))  # fmt: skip
+    add("--large", type=positive, metavar="N", help=f"projections in table C (default: {LARGE})")
+    add("--no-compile", action="store_true", help="do not time torch.compile's AdamW on a GPU")
     add("--json", type=Path, metavar="FILE", help="write everything there")
     add("--plot", type=Path, metavar="FILE.png", help="draw the speeds (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -728,16 +898,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if path and not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no directory {path.absolute().parent}")
     args.keep = sorted(set(args.keep), reverse=True)
+    args.model = args.model or DEFAULT_MODEL[args.device]
+    if args.max_elements is None:
+        args.max_elements = MAX_ELEMENTS[args.device]
+        if args.device == "cuda":
+            memory = torch.cuda.get_device_properties(0).total_memory
+            args.max_elements = min(args.max_elements, memory // GPU_BYTES)
     return args
 
 
 def run_tables(
-    args: argparse.Namespace, model: ModelShape, clock: Clock
+    args: argparse.Namespace, model: ModelShape, clock: Clock, others: Sequence[Spec]
 ) -> tuple[dict[str, Table], list[LayerRow]]:
     device, dtype = clock.device, DTYPES[args.dtype]
     limits = Limits(args.rounds)
     small = Limits(args.rounds, most=200)  # a round of these takes milliseconds
-    specs = all_specs(args.keep)
+    specs = all_specs(args.keep, others)
     tables = {}
 
     buffers = Buffers(model.parameters(), dtype, device)
@@ -751,15 +927,18 @@ def run_tables(
     del buffers
     gc.collect()  # optimizers are reference cycles, and these hold most of the memory
 
-    shapes = [ParamShape(f"large.{i}", (4096, 4096), masked=True) for i in range(LARGE)]
+    large = args.large or LARGE
+    shapes = [ParamShape(f"large.{i}", (4096, 4096), masked=True) for i in range(large)]
     buffers = Buffers(shapes, dtype, device)
-    title = f"{LARGE} projections of 4096 x 4096 alone"
+    title = f"{large} projections of 4096 x 4096 alone"
     tables["C"] = bench_updates("C", title, specs, buffers, clock, limits, 6.0)
 
     shapes = [ParamShape(f"small.{i}", (64,), masked=True) for i in range(300)]
     buffers = Buffers(shapes, dtype, device)
     title = "Host overhead: a step over 300 parameters of 64 elements"
-    host = [Spec("fused"), Spec("full"), Spec("full", PAPER_KEEP)]
+    # Compiling 300 parameters' step takes longer than all else.
+    others = [spec for spec in others if spec.kind != "compiled"]
+    host = [Spec("fused"), *others, Spec("full"), Spec("full", PAPER_KEEP)]
     tables["D"] = bench_updates("D", title, host, buffers, clock, small, 3.0, cold=False)
 
     q_and_k = [s for s in model.parameters() if s.masked][:2]
@@ -772,22 +951,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    clock = Clock(torch.device(args.device))
+    clock = make_clock(torch.device(args.device))
+    on_gpu = args.device == "cuda"
     info = machine(clock.device)
     model = MODELS[args.model].cut(args.max_elements)
+    others, missing = gpu_specs(not args.no_compile) if on_gpu else ([], [])
+    found = DeviceLimits.of(clock, Limits(args.rounds)) if on_gpu else None
     try:
-        tables, layers = run_tables(args, model, clock)
+        tables, layers = run_tables(args, model, clock, others)
     except CheckFailed as error:
         print(f"FAILED, no timings: {error}", file=sys.stderr)
         return 1
-    has_goals = args.device == "cpu" and args.dtype == "float32"
-    goals = find_goals(args.model, tables, layers) if has_goals else []
+    has_goals = args.dtype == "float32"
+    goals = []
+    if has_goals:
+        goals = find_gpu_goals(tables) if on_gpu else find_goals(args.model, tables, layers)
 
-    print_header(args, info, model)
+    print_header(args, info, model, clock)
+    if found is not None:
+        print_device(found, missing)
     for table in tables.values():
         print_table(table)
     print_layers(layers, args.tokens)
-    print("\nGoals" if has_goals else "\nGoals are set for float32 on a CPU.")
+    print("\nGoals" if has_goals else "\nGoals are set for float32.")
     for goal in goals:
         print(goal.line())
     print_end(clock)
@@ -797,6 +983,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine": info,
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             "model": asdict(model),
+            "device_limits": None if found is None else asdict(found),
+            "not_installed": missing,
             "tables": [asdict(table) for table in tables.values()],
             "layers": [asdict(row) for row in layers],
             "interrupted_calls": clock.interrupted_share,

@@ -6,8 +6,11 @@ something slower, and that the benchmark itself does what it says.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ import pytest
 import torch
 from bench_update import Buffers, CheckFailed, Spec, all_specs, check, make_variant
 from shapes import MODELS, ParamShape
-from timing import Clock, Timing
+from timing import Clock, CudaClock, Limits, Timing, measure
 from torch import nn
 
 import longact
 from longact.kernels.channel_magnitude import channel_magnitude
+from longact.kernels.masked_adamw import AdamWGroup, reference
 
 CPU = torch.device("cpu")
 PROJECTIONS = [
@@ -242,3 +246,176 @@ def test_clock_measures_seconds() -> None:
     clock = Clock(CPU)
     assert 0.0 < clock.seconds(clock.copy) < 60.0
     assert clock.calls == 1
+
+
+# ---- on a GPU, as far as a machine without one can tell ------------------------------------------
+
+
+class Stub(torch.optim.AdamW):
+    """What apex, bitsandbytes and DeepSpeed have in common here, by torch's own arithmetic."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+    counts_in_group = False
+
+    def __init__(self, params: Any, adam_w_mode: bool = True, **options: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, **options, foreach=False)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        for param in group["params"]:
+            state = self.state[param]
+            counter = group if self.counts_in_group else state
+            if not self.counts_in_group or param is group["params"][0]:
+                counter["step"] = counter.get("step", 0) + 1
+            update = (
+                param, param.grad, state[self.moments[0]], state[self.moments[1]], None,
+                torch.tensor(counter["step"] - 1.0), None, None, None, 0, 0,
+            )  # fmt: skip
+            reference(
+                update,
+                AdamWGroup(
+                    group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
+                    maximize=False, zero_grad=False,
+                ),
+            )  # fmt: skip
+
+
+class Bitsandbytes(Stub):
+    moments = ("state1", "state2")
+
+
+class Apex(Stub):
+    counts_in_group = True
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **optimizers: type[Stub]) -> None:
+    """Puts them where bench_update looks for the packages."""
+    for kind, optimizer in optimizers.items():
+        _, name, attribute = bench_update.OTHERS[kind]  # type: ignore[index]
+        package, module = types.ModuleType(kind), types.ModuleType(name)
+        package.__spec__ = importlib.machinery.ModuleSpec(kind, None)
+        setattr(module, attribute, optimizer)
+        monkeypatch.setitem(sys.modules, kind, package)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_packages_are_checked_in_their_own_state(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    install(monkeypatch, apex=Apex, bitsandbytes=Bitsandbytes, deepspeed=Stub)
+    specs, missing = bench_update.gpu_specs()
+    assert [s.kind for s in specs] == ["compiled", "apex", "bitsandbytes", "deepspeed"]
+    assert missing == []
+    notes: list[str] = []
+    buffers = Buffers(PROJECTIONS, dtype, CPU)
+    variants = bench_update.make_checked(specs[1:], buffers, notes)
+    assert notes == []
+    for spec in specs[1:]:
+        stored = buffers.moments(spec.moment_dtype(dtype))[0][0]
+        state = variants[spec.label].optimizer.state[variants[spec.label].params[0]]
+        assert state[bench_update.moment_names(spec)[0]] is stored
+        assert bench_update.state_bytes(variants[spec.label], moments_only=True) > 0
+
+
+def test_a_package_that_is_wrong_or_broken_is_left_out_with_a_note(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Wrong(Stub):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step()
+            self.param_groups[0]["params"][0].data.mul_(1.001)
+
+    class Broken(Stub):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("requires cuda extensions\nand more")
+
+    install(monkeypatch, apex=Broken, deepspeed=Wrong)
+    notes: list[str] = []
+    specs = [Spec("fused"), Spec("apex"), Spec("deepspeed")]
+    variants = bench_update.make_checked(specs, Buffers(PROJECTIONS, torch.float32, CPU), notes)
+    assert list(variants) == ["torch AdamW fused"]
+    assert notes[0] == "not timed: apex FusedAdam: requires cuda extensions"
+    assert notes[1].startswith("not timed: DeepSpeed FusedAdam: param of q_proj: differs from the")
+
+
+class FakeGpu:
+    L2_cache_size = 50 << 20
+    total_memory = 80 << 30
+
+
+def test_gpu_run_adds_floors_other_packages_and_its_own_goals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole path of --device cuda, with a CPU in the GPU's place."""
+    install(monkeypatch, apex=Apex)
+    answers = iter([True, True])  # for the command line; later on torch asks
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: next(answers, False))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeGpu)
+    monkeypatch.setattr(bench_update, "make_clock", lambda device: Clock(CPU))
+    defaults = bench_update.parse(["--device", "cuda"])
+    assert (defaults.model, defaults.max_elements) == ("qwen3-8b", 1_000_000_000)
+    result = tmp_path / "bench.json"
+    arguments = [*SMALL, "--device", "cuda", "--no-compile", "--model", "smollm2-135m"]
+    assert bench_update.main([*arguments, "--large", "1", "--json", str(result)]) == 0
+    out = capsys.readouterr().out
+    assert "a kernel of one element" in out
+    assert "Not installed, so not compared: bitsandbytes, DeepSpeed" in out
+    report = json.loads(result.read_text())
+    assert report["device_limits"]["l2_mib"] == 50.0
+    assert report["device_limits"]["launch_us"] > 0.0
+    for table in report["tables"]:
+        assert "apex FusedAdam" in [row["variant"] for row in table["rows"]]
+    goals = [goal["text"] for goal in report["goals"]]
+    assert goals[0] == "C: update at keep 1, full state, of the copy bandwidth"
+    assert goals[3] == "C: update at keep 0.3, full state, against apex FusedAdam"
+    assert [goal["limit"] for goal in report["goals"]] == [0.92, 0.85, 3.0, 3.0, 0.5]
+
+
+def test_gpu_clock_times_the_device_while_the_host_is_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeGpu)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: log.append("sleep" if n else "no sleep"))
+    monkeypatch.setattr("timing.GPU_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(FakeGpu, "L2_cache_size", 1 << 20)
+    clock = CudaClock(CPU)
+    assert clock.copy_bytes == 4 << 20
+    clock.add()
+    clock.empty_caches()
+    assert not bool(clock._target.any())
+
+    def call() -> None:
+        log.append("call")
+
+    assert clock.seconds(call) == pytest.approx(2.5e-3)
+    assert log == ["wait", "no sleep", "event", "call", "event", "wait"]
+    log.clear()
+    clock.seconds(call)
+    assert log == ["wait", "sleep", "event", "call", "event", "wait"]
+    log.clear()
+    assert clock.host_seconds(call) < 1.0
+    assert log == ["wait", "call"]
+    samples = measure({"call": call}, clock, Limits(rounds=2), 1.0, cold=True)
+    assert len(samples["call"]) == 2
+    assert clock._lead == {}

@@ -12,14 +12,18 @@ import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 COPY_BYTES = 128 << 20  # several times the last-level cache
+GPU_COPY_BYTES = 512 << 20  # long enough that starting and ending do not count
 
 
 class Clock:
     """Times calls on a device, and what its memory can do at best."""
 
-    def __init__(self, device: torch.device) -> None:
+    warm_up = 0  # rounds that are not counted
+
+    def __init__(self, device: torch.device, copy_bytes: int = COPY_BYTES) -> None:
         self.device = device
-        elements = COPY_BYTES // 4
+        self.copy_bytes = copy_bytes
+        elements = copy_bytes // 4
         self._source = torch.ones(elements, dtype=torch.float32, device=device)
         self._target = torch.zeros(elements, dtype=torch.float32, device=device)
         self.calls = self.interrupted = 0  # how many the scheduler took the processor from
@@ -27,10 +31,6 @@ class Clock:
     @property
     def interrupted_share(self) -> float:
         return self.interrupted / max(1, self.calls)
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def empty_caches(self) -> None:
         self._source.sum()  # reads only: nothing is left to be written back during the next call
@@ -41,16 +41,72 @@ class Clock:
     def add(self) -> None:
         self._target.add_(self._source)
 
+    def forget(self) -> None:
+        """Lets go of the calls it has timed."""
+
+    def launch(self) -> None:
+        """As little as a kernel can do."""
+        self._target[:1].zero_()
+
     def seconds(self, call: Callable[[], object]) -> float:
-        self.synchronize()
+        """What the call takes the device."""
+        return self.host_seconds(call)
+
+    def host_seconds(self, call: Callable[[], object]) -> float:
+        """What the call takes the host, which does not wait for the device."""
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         start = time.perf_counter()
         call()
-        self.synchronize()
         seconds = time.perf_counter() - start
         self.calls += 1
         self.interrupted += resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw > switches
         return seconds
+
+
+class CudaClock(Clock):
+    """Times of a GPU are its own, between two events in its stream."""
+
+    warm_up = 3
+    cycles_per_second = 2e9  # of torch.cuda._sleep; slower clocks sleep longer, which does no harm
+    longest_lead = 0.03  # seconds
+
+    def __init__(self, device: torch.device) -> None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        super().__init__(device, max(GPU_COPY_BYTES, 4 * l2))
+        self._lead: dict[Callable[[], object], float] = {}
+
+    def empty_caches(self) -> None:
+        # Written, not read: a call then pays for writing back as many old lines as it leaves behind
+        # of its own, and so for all of its bytes.
+        self._target.zero_()
+
+    def forget(self) -> None:
+        self._lead.clear()
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        torch.cuda.synchronize(self.device)
+        # The device waits until the host is through with the call: the pauses in which it would
+        # wait for the next kernel are the host's.
+        lead = self._lead.get(call, 0.0)
+        torch.cuda._sleep(int(lead * self.cycles_per_second))  # type: ignore[no-untyped-call]
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        start.record()
+        host = super().host_seconds(call)
+        end.record()
+        end.synchronize()
+        self._lead[call] = min(max(lead, 1.5 * host), self.longest_lead)
+        return 1e-3 * float(start.elapsed_time(end))
+
+    def host_seconds(self, call: Callable[[], object]) -> float:
+        torch.cuda.synchronize(self.device)
+        return super().host_seconds(call)
+
+
+def make_clock(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else Clock(device)
 
 
 @dataclass
@@ -76,9 +132,16 @@ def measure(
     *,
     cold: bool,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round; `cold` empties the caches before each."""
+    """Seconds of every call in every round; `cold` empties the caches before each.
+
+    Not `cold`: what the calls take the host.
+    """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    seconds_of = clock.seconds if cold else clock.host_seconds
+    for _ in range(clock.warm_up):
+        for call in calls.values():
+            seconds_of(call)
     started = time.perf_counter()
     done = 0
     while limits.more(done, started, seconds):
@@ -86,8 +149,9 @@ def measure(
         for name in names[shift:] + names[:shift]:
             if cold:
                 clock.empty_caches()
-            samples[name].append(clock.seconds(calls[name]))
+            samples[name].append(seconds_of(calls[name]))
         done += 1
+    clock.forget()
     return samples
 
 
