@@ -82,9 +82,14 @@ class Selection:
     tokens: Tensor | None = None  # int64: counted tokens since the last refresh
     steps: int = 0  # optimizer steps since the last refresh
     warned: bool = False
+    report: tuple[_Report, int] | None = None  # of the last refresh on a GPU, and our place in it
     # refresh_every="forward": channels selected by any forward since the last step; bool [channels]
     union: Tensor | None = None
     union_is_new: bool = field(default=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy gets a buffer and a report of its own.
+        return {**self.__dict__, "buffer": None, "report": None}
 
     def choose(self, rows: Tensor | None) -> None:
         self.rows = rows
@@ -236,24 +241,30 @@ def _top_rows(selection: Selection, magnitude: Tensor) -> Tensor:
     return topk_rows(magnitude, config.count(magnitude.shape[0]))
 
 
-def refresh(selections: Iterable[Selection]) -> None:
+def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
     """Chooses rows anew from what was counted since the last refresh, and starts counting afresh.
 
     Data-parallel ranks (of the default process group) add up their totals first, so that all select
     the same rows: every rank must call this for the same selections. A selection that counted
     nothing keeps its rows; so does one with a non-finite magnitude, with one warning that names it
     (scope="model": so do all of its kind).
+
+    `wait=False`: nothing is read of selections on a GPU that have rows already, so that nothing
+    waits for the device; the warning then comes with a later refresh. With scope="model", where
+    the number of rows changes, they are read all the same.
     """
     members: dict[object, list[tuple[Selection, Tensor]]] = {}
     spoiled: set[object] = set()
+    remote: list[tuple[Selection, Tensor, Tensor]] = []
     counting = [s for s in selections if s.config is not None and s.magnitude is not None]
     for selection, (total, tokens) in zip(counting, _totals_over_ranks(counting), strict=True):
         config = selection.config
         assert config is not None
+        if not wait and config.scope != "model" and _is_remote(total):
+            remote.append((selection, total, tokens))
+            continue
         if int(tokens) > 0:
-            magnitude = total if config.metric == "max_abs" else total / tokens
-            if config.metric == "rms":
-                magnitude = magnitude.sqrt()
+            magnitude = _magnitude(config, total, tokens)
             group: object = selection.kind if config.scope == "model" else id(selection)
             members.setdefault(group, []).append((selection, magnitude))
             if not _is_finite(selection, magnitude):
@@ -268,8 +279,62 @@ def refresh(selections: Iterable[Selection]) -> None:
         else:
             for selection, magnitude in ranked:
                 _choose(selection, _top_rows(selection, magnitude))
+    _choose_remotely(remote)
     for selection in counting:
         selection.forget()
+
+
+def _magnitude(config: SelectionConfig, total: Tensor, tokens: Tensor) -> Tensor:
+    if config.metric == "max_abs":
+        return total
+    mean = total / tokens
+    return mean.sqrt() if config.metric == "rms" else mean
+
+
+def _is_remote(tensor: Tensor) -> bool:
+    """Whether reading it waits for a device."""
+    return not tensor.is_cpu
+
+
+class _Report:
+    """Whether each of some selections met only finite magnitudes, on its way from their device."""
+
+    def __init__(self, finite: Tensor) -> None:
+        self.finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=finite.is_cuda)
+        self.finite.copy_(finite, non_blocking=True)
+        self._event = None
+        if not finite.is_cpu:
+            self._event = torch.Event(finite.device)
+            self._event.record(torch.accelerator.current_stream(finite.device))
+
+    def arrived(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+
+def _choose_remotely(counted: list[tuple[Selection, Tensor, Tensor]]) -> None:
+    """The same choice on the selections' device, where it decides by itself what is usable."""
+    by_device: dict[torch.device, list[tuple[Selection, Tensor]]] = {}
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    for selection, total, tokens in counted:
+        assert selection.config is not None
+        # A captured step has no events and no pinned memory.
+        if not capturing and selection.report is not None and selection.report[0].arrived():
+            report, index = selection.report
+            _warn_unless(selection, bool(report.finite[index]))
+        magnitude = _magnitude(selection.config, total, tokens)
+        rows, finite = _top_rows(selection, magnitude), torch.isfinite(magnitude).all()
+        old = selection.rows
+        if old is None or old.shape != rows.shape:  # chosen by hand: read once
+            if bool((finite & (tokens > 0)).all()):
+                selection.choose(rows)
+        else:
+            selection.choose(torch.where(finite & (tokens > 0), rows, old.to(rows.device)))
+        # Without a token the mean is 0 / 0, which is no fault of the activations.
+        by_device.setdefault(total.device, []).append((selection, finite | (tokens == 0)))
+    for here in [] if capturing else by_device.values():
+        report = _Report(torch.stack([finite for _, finite in here]))
+        for index, (selection, _) in enumerate(here):
+            selection.report = (report, index)
 
 
 def _totals_over_ranks(selections: list[Selection]) -> list[tuple[Tensor, Tensor]]:
@@ -299,17 +364,19 @@ def _over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
 
 def _is_finite(selection: Selection, magnitude: Tensor) -> bool:
     """Whether rows can be chosen by it; warns once for each selection where not."""
-    if bool(torch.isfinite(magnitude).all()):
-        return True
-    if not selection.warned:
+    return _warn_unless(selection, bool(torch.isfinite(magnitude).all()))
+
+
+def _warn_unless(selection: Selection, finite: bool) -> bool:
+    if not finite and not selection.warned:
         selection.warned = True
         warnings.warn(
             f"{selection.name}: non-finite activations; its previous selection stays. Look for "
             "inf or NaN in the forward, or for too large a loss scale",
             LongActWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return False
+    return finite
 
 
 def _select_over_model(members: list[tuple[Selection, Tensor]], config: SelectionConfig) -> None:
@@ -364,4 +431,4 @@ def after_step(selections: Iterable[Selection]) -> None:
         if selection.steps >= int(every):
             selection.steps = 0
             due.append(selection)
-    refresh(due)
+    refresh(due, wait=False)

@@ -933,6 +933,80 @@ def test_non_finite_in_forward_selection_keeps_the_previous_rows(metric: Any) ->
     assert rows_of(handle) == rows
 
 
+# ---- nothing waits for a GPU: the same choice, made there ----------------------------------------
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU taken for a device that must not be waited for."""
+    monkeypatch.setattr(longact.selection, "_is_remote", lambda tensor: True)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scope", ["layer", "head", "model"])
+def test_a_remote_refresh_chooses_what_a_local_one_does(
+    monkeypatch: pytest.MonkeyPatch, metric: Any, scope: Any
+) -> None:
+    results = []
+    for is_remote in (False, True):
+        monkeypatch.setattr(longact.selection, "_is_remote", lambda tensor, r=is_remote: r)
+        model = tiny_model()
+        handle = longact.apply(model, metric=metric, scope=scope)
+        optimizer = adam(model)
+        rows = []
+        for seed in range(4):
+            train_step(model, optimizer, token_ids(seed=seed))
+            rows.append(rows_of(handle))
+            assert counted(handle) == [0] * 4
+        assert all(layer.rows.dtype == torch.int32 for layer in handle.projections.values())
+        results.append((rows, params_of(model)))
+    assert results[0][0] == results[1][0]
+    assert any(first != last for first, last in zip(results[0][0], results[0][0][1:], strict=False))
+    for name, param in results[0][1].items():
+        assert torch.equal(param, results[1][1][name])
+
+
+@pytest.mark.usefixtures("remote")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_remote_refresh_keeps_rows_and_warns_later(
+    spoiled_k1: Callable[[nn.Module, float], None], value: float
+) -> None:
+    model = tiny_model()
+    handle = longact.apply(model)
+    optimizer = adam(model, lr=0.0)
+    train_step(model, optimizer, token_ids())
+    previous = rows_of(handle)
+    spoiled_k1(model, value)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    optimizer.step()  # does not know of it yet
+    assert rows_of(handle)[K1] == previous[K1]
+    assert counted(handle) == [0] * 4
+    with pytest.warns(longact.LongActWarning, match=K1) as warned:
+        train_step(model, optimizer, token_ids(seed=5))
+    assert len(warned) == 1
+    train_step(model, optimizer, token_ids(seed=6))  # warns once
+    assert rows_of(handle)[K1] != previous[K1]
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_remote_refresh_without_tokens_keeps_rows_in_silence() -> None:
+    model = tiny_model()
+    handle = longact.apply(model)
+    optimizer = adam(model, lr=0.0)
+    train_step(model, optimizer, token_ids())
+    previous = rows_of(handle)
+    for _ in range(3):  # a warning would be an error here
+        optimizer.step()
+    assert rows_of(handle) == previous
+    longact.set_rows(model.get_submodule(K1).weight, [0, 7])  # another number of rows
+    optimizer.step()
+    assert rows_of(handle)[K1] == [0, 7]
+    train_step(model, optimizer, token_ids(seed=5))
+    assert len(rows_of(handle)[K1]) == len(previous[K1])
+
+
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
