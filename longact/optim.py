@@ -21,6 +21,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _HALF = (torch.bfloat16, torch.float16)
 
 
+def _check_capture(optimizer: Optimizer) -> None:
+    """torch's own: a captured step() needs capturable=True. Renamed in torch 2.14."""
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    (check or optimizer._cuda_graph_capture_health_check)()
+
+
 class _Verbatim:
     """A parameter's loaded state, opaque to Optimizer.load_state_dict.
 
@@ -187,6 +193,7 @@ class FusedMaskedAdam(Optimizer):
             RuntimeError: a sparse gradient.
             ValueError: a gradient or state that does not fit its parameter.
         """
+        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,14 +206,14 @@ class FusedMaskedAdam(Optimizer):
             return loss
 
         # Weight and bias of a projection share one selection.
-        selections = list({id(s): s for _, _, s, *_ in pairs if s is not None}.values())
+        selections = list({id(s): s for _, _, s, _, _ in pairs if s is not None}.values())
         if found_inf is not None and found_inf.is_cpu and float(found_inf) != 0.0:
             for selection in selections:
                 selection.union_is_new = True  # this step's forwards are dropped with it
             return loss
         before_step(selections)
         undo: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        updates = [self._prepare(*pair, undo) for pair in pairs]
+        updates = self._prepare(pairs, undo)
         groups = [
             AdamWGroup(
                 group["lr"],
@@ -250,7 +257,7 @@ class FusedMaskedAdam(Optimizer):
                 if (grad := param.grad) is not None
             ]
             start += len(params)
-        for param, grad, selection, *_ in pairs:
+        for param, grad, selection, _, _ in pairs:
             if selection is not None and hasattr(param, "device_mesh"):
                 raise NotImplementedError(
                     f"{self._name_of(param)} is a sharded DTensor with a selection: longact trains "
@@ -275,40 +282,46 @@ class FusedMaskedAdam(Optimizer):
 
     def _prepare(
         self,
-        param: Tensor,
-        grad: Tensor,
-        selection: Selection | None,
-        position: int,
-        index: int,
+        pairs: list[tuple[Tensor, Tensor, Selection | None, int, int]],
         undo: list[tuple[dict[str, Any], dict[str, Any]]],
-    ) -> ParamUpdate:
-        """State made to fit this step's selection (`undo` gets what it was), and all tensors."""
-        group = self.param_groups[index]
-        state = self.state[param]
-        rows = None if selection is None else selection.rows
-        if rows is not None and rows.device != param.device:
-            assert selection is not None
-            rows = rows.to(param.device)
-            selection.choose(rows)
-        amsgrad = group["amsgrad"]
-        if (
-            not state
-            or (self._compact and state.get("moment_rows") is not rows)
-            or (rows is not None and "ages" not in state and group["inactive"] == "freeze")
-            or (amsgrad and "max_exp_avg_sq" not in state)
-            or (self._master_weights and "master" not in state and param.dtype in _HALF)
-        ):
-            undo.append((state, dict(state)))
-            self._fit_state(param, state, rows, group)
-        if rows is not None and group["capturable"] and not param.is_cpu:
-            assert selection is not None
-            rows = selection.buffer_for(param)
-        update = (
-            param, grad, state["exp_avg"], state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if amsgrad else None,
-            state["step"], state.get("ages"), rows, state.get("master"), position, index,
-        )  # fmt: skip
-        return _as_real(update) if param.dtype.is_complex else update
+    ) -> list[ParamUpdate]:
+        """State made to fit this step's selection (`undo` gets what it was), and all tensors.
+
+        One loop without calls: it runs over every parameter at every step.
+        """
+        updates = []
+        states, compact, masters = self.state, self._compact, self._master_weights
+        options = [
+            (group, group["amsgrad"], group["inactive"] == "freeze", group["capturable"])
+            for group in self.param_groups
+        ]
+        for param, grad, selection, position, index in pairs:
+            group, amsgrad, freeze, capturable = options[index]
+            state = states[param]
+            rows = None if selection is None else selection.rows
+            if rows is not None and rows.device != param.device:
+                assert selection is not None
+                rows = rows.to(param.device)
+                selection.choose(rows)
+            if (
+                not state
+                or (compact and state.get("moment_rows") is not rows)
+                or (rows is not None and freeze and "ages" not in state)
+                or (amsgrad and "max_exp_avg_sq" not in state)
+                or (masters and "master" not in state and param.dtype in _HALF)
+            ):
+                undo.append((state, dict(state)))
+                self._fit_state(param, state, rows, group)
+            if capturable and rows is not None and not param.is_cpu:
+                assert selection is not None
+                rows = selection.buffer_for(param)
+            update = (
+                param, grad, state["exp_avg"], state["exp_avg_sq"],
+                state["max_exp_avg_sq"] if amsgrad else None,
+                state["step"], state.get("ages"), rows, state.get("master"), position, index,
+            )  # fmt: skip
+            updates.append(update)
+        return updates
 
     def _fit_state(
         self, param: Tensor, state: dict[str, Any], rows: Tensor | None, group: dict[str, Any]
@@ -476,15 +489,6 @@ class FusedMaskedAdam(Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             group["betas"] = tuple(float(b) for b in group["betas"])
-
-
-def _as_real(update: ParamUpdate) -> ParamUpdate:
-    """A complex parameter is a real one with a last dimension of 2, as AdamW has it."""
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq = update[:5]
-    view = torch.view_as_real
-    maximum = None if max_exp_avg_sq is None else view(max_exp_avg_sq)
-    grad = view(grad.resolve_conj())
-    return view(param), grad, view(exp_avg), view(exp_avg_sq), maximum, *update[5:]
 
 
 def _row_ages(param: Tensor, state: dict[str, Any]) -> Tensor:

@@ -30,6 +30,9 @@ ParamUpdate = tuple[
 ]  # fmt: skip
 
 
+_CPU = torch.device("cpu")
+
+
 class AdamWGroup(NamedTuple):
     """Hyperparameters of one param_group.
 
@@ -49,6 +52,8 @@ class AdamWGroup(NamedTuple):
 
 def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor = 1.0) -> None:
     """The definition, on any device: one parameter, in place. fp64 parameters compute in fp64."""
+    if update[0].is_complex():
+        update = _as_real(update)
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, master, key, _ = update
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     step.add_(1)
@@ -108,6 +113,15 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
         elements = torch.arange(param.numel(), device=param.device).view(param.shape)
         p = stochastic_round(p, take(elements), group.seed, key, step)
     put(param, p)
+
+
+def _as_real(update: ParamUpdate) -> ParamUpdate:
+    """A complex parameter is a real one with a last dimension of 2, as AdamW has it."""
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq = update[:5]
+    view = torch.view_as_real
+    maximum = None if max_exp_avg_sq is None else view(max_exp_avg_sq)
+    grad = view(grad.resolve_conj())
+    return view(param), grad, view(exp_avg), view(exp_avg_sq), maximum, *update[5:]
 
 
 def is_row_buffer(rows: Tensor, param: Tensor) -> bool:
@@ -183,32 +197,39 @@ class NativeTable:
                 group,
             ) = update  # fmt: skip
             known = entries[i]
+            if known is not None:
+                (
+                    k_param, k_exp_avg, k_exp_avg_sq, k_max_exp_avg_sq, k_step, k_ages, k_rows,
+                    k_master, k_key, k_group, k_zero_grad, k_grad_dtype,
+                    param_at, exp_avg_at, exp_avg_sq_at, shape,
+                ) = known  # fmt: skip
             # The same objects, which the entry keeps alive; `.data = ...` changes one inside.
             if (
                 known is None
-                or param is not known[0]
-                or exp_avg is not known[1]
-                or exp_avg_sq is not known[2]
-                or max_exp_avg_sq is not known[3]
-                or step is not known[4]
-                or ages is not known[5]
-                or rows is not known[6]
-                or master is not known[7]
-                or (key, group, zero_grads[group]) != known[8]
-                or grad.dtype is not known[9]
-                or param.data_ptr() != known[10]
-                or exp_avg.data_ptr() != known[11]
-                or exp_avg_sq.data_ptr() != known[12]
-                or param.shape != known[13]
+                or param is not k_param
+                or exp_avg is not k_exp_avg
+                or exp_avg_sq is not k_exp_avg_sq
+                or max_exp_avg_sq is not k_max_exp_avg_sq
+                or step is not k_step
+                or ages is not k_ages
+                or rows is not k_rows
+                or master is not k_master
+                or key != k_key
+                or group != k_group
+                or zero_grads[group] is not k_zero_grad
+                or grad.dtype is not k_grad_dtype
+                or param.data_ptr() != param_at
+                or exp_avg.data_ptr() != exp_avg_at
+                or exp_avg_sq.data_ptr() != exp_avg_sq_at
+                or param.shape != shape
                 or not param.is_contiguous()
             ):
                 entries[i] = None
                 self._set(i, update, zero_grads[group])
                 entries[i] = (
                     param, exp_avg, exp_avg_sq, max_exp_avg_sq, step, ages, rows, master,
-                    (key, group, zero_grads[group]),
-                    grad.dtype, param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-                    param.shape,
+                    key, group, zero_grads[group], grad.dtype,
+                    param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), param.shape,
                 )  # fmt: skip
             if not grad.is_contiguous() or grad.is_neg():
                 grad = grad.resolve_neg().contiguous()
@@ -442,9 +463,12 @@ def dispatch(
     first change.
     """
     tables = {} if tables is None else tables
-    by_device: dict[torch.device, list[ParamUpdate]] = {}
-    for update in updates:
-        by_device.setdefault(update[0].device, []).append(update)
+    by_device: dict[torch.device, Sequence[ParamUpdate]] = {}
+    if all(update[0].is_cpu for update in updates):  # far cheaper to ask
+        by_device[_CPU] = updates
+    else:
+        for update in updates:
+            by_device.setdefault(update[0].device, []).append(update)  # type: ignore[attr-defined]
     native_tables: list[NativeTable] = []
     triton_updates: list[list[ParamUpdate]] = []
     rest: list[ParamUpdate] = []
