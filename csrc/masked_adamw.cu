@@ -327,24 +327,6 @@ std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-// The calling thread's device is the user's: it is put back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
-  }
-  ~DeviceGuard() {
-    if (error_ == cudaSuccess) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int before_ = 0;
-  cudaError_t error_;
-};
-
 std::string explain(cudaError_t error, int device) {
   switch (error) {
     case cudaErrorInsufficientDriver: {
@@ -373,10 +355,9 @@ std::string explain(cudaError_t error, int device) {
 }  // namespace
 
 void masked_adamw_cuda(const AdamWLaunch& launch, int64_t num_chunks, int device, uintptr_t stream) {
-  const DeviceGuard guard(device);
-  cudaError_t error = guard.error();
+  if (num_chunks > INT32_MAX) throw std::runtime_error("too many elements for one launch");
+  cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
-    if (num_chunks > INT32_MAX) throw std::runtime_error("too many elements for one launch");
     const auto blocks = static_cast<unsigned>(num_chunks > 0 ? num_chunks : 1);
     LONGACT_LAUNCH(masked_adamw, blocks, kThreads, reinterpret_cast<cudaStream_t>(stream), launch);
     error = cudaGetLastError();
@@ -389,14 +370,10 @@ void masked_adamw_cuda(const AdamWLaunch& launch, int64_t num_chunks, int device
 
 std::string cuda_unusable(int device) {
   int count = 0;
+  cudaFuncAttributes attributes;
   cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess && device >= count) error = cudaErrorInvalidDevice;
-  if (error == cudaSuccess) {
-    const DeviceGuard guard(device);
-    error = guard.error();
-    cudaFuncAttributes attributes;
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, masked_adamw);
-  }
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, masked_adamw);
   cudaGetLastError();  // the error was told; the next call must not meet it
   return error == cudaSuccess ? "" : explain(error, device);
 }

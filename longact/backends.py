@@ -79,7 +79,11 @@ def _why_not_native_cuda(index: int) -> str | None:
         return f"built without CUDA ({_build_report('cuda') or 'no report of the build'})"
     if torch.version.hip is not None:
         return "this torch is for ROCm"
-    reason: str = native.cuda_unusable(index)
+    if not torch.cuda.is_available():
+        reason: str = native.cuda_unusable(index)
+    else:
+        with torch.cuda.device(index):  # the native core sets the device, in a runtime of its own
+            reason = native.cuda_unusable(index)
     return reason or None
 
 

@@ -428,4 +428,5 @@ def test_why_cuda_cannot_run(
 
 
 def test_a_device_that_does_not_exist(cuda_on_host: ModuleType) -> None:
+    assert cuda_on_host.cuda_unusable(0) == ""
     assert "fake runtime" in cuda_on_host.cuda_unusable(3)

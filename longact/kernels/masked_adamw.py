@@ -334,19 +334,24 @@ class CudaTable(NativeTable):
         unscaled = not isinstance(grad_scale, Tensor) and grad_scale == 1.0
         scale = None if unscaled else self._tensor(grad_scale)
         skip = None if found_inf is None else self._tensor(found_inf)
-        stream = torch.cuda.current_stream(self._device).cuda_stream if self._is_cuda else 0
-        self._table.launch(
-            memory.data_ptr(),
-            self._blocks_done.data_ptr(),
-            _address(scale),
-            _address(skip),
-            self._device.index or 0,
-            stream,
-        )
+        self._launch(memory, scale, skip)
         if capturing:
             self._captured += [t for t in (*lrs, scale, skip) if isinstance(t, Tensor)]
         # Freed memory is reused in the order of the stream: nothing needs to be kept.
         self._copies = []
+
+    def _launch(self, memory: Tensor, scale: Tensor | None, skip: Tensor | None) -> None:
+        addresses = (
+            memory.data_ptr(), self._blocks_done.data_ptr(), _address(scale), _address(skip)
+        )  # fmt: skip
+        if not self._is_cuda:
+            self._table.launch(*addresses, 0, 0)
+            return
+        index = self._device.index or 0
+        # The native core has a CUDA runtime of its own: both must mean the same device.
+        with torch.cuda.device(index):
+            stream = torch.cuda.current_stream(index).cuda_stream
+            self._table.launch(*addresses, index, stream)
 
     def _capturing(self) -> bool:
         return self._is_cuda and torch.cuda.is_current_stream_capturing()

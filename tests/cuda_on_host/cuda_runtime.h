@@ -209,11 +209,10 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return static_cast<cudaError_t>(cuda_on_host_setting("CUDA_ON_HOST_ERROR"));
 }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return static_cast<cudaError_t>(cuda_on_host_setting("CUDA_ON_HOST_ERROR"));
+inline cudaError_t cudaSetDevice(int device) {
+  const auto error = static_cast<cudaError_t>(cuda_on_host_setting("CUDA_ON_HOST_ERROR"));
+  return error != cudaSuccess ? error : device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = cuda_on_host_setting("CUDA_ON_HOST_DRIVER");
   return cudaSuccess;
