@@ -1,6 +1,7 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 """The masked AdamW step in Triton, for GPUs without a native build: the same semantics, and the
-same bits wherever the GPU's division and square root are IEEE's.
+same bits wherever division and square root are IEEE's (Triton 3.4 flushes subnormal numbers there).
 
 A step is one small launch, and one for each combination of dtypes and options among its parameters:
 
@@ -8,8 +9,8 @@ A step is one small launch, and one for each combination of dtypes and options a
     _update_kernel    the elements, 8,192 to a program
 
 Both read one table of addresses, sizes and hyperparameters, which travels in one copy. Nothing is
-read back, nothing but dtypes and layout is a compile-time constant, and nothing is autotuned: a trial
-run of an in-place update would be one update more.
+read back, nothing but dtypes and layout is a compile-time constant, and nothing is autotuned: a
+trial run of an in-place update would be one update more.
 
 bf16 is converted on its bits: TRITON_INTERPRET=1 then computes what a GPU computes (its own casts
 do not round to nearest even).
@@ -34,8 +35,9 @@ from longact.kernels.masked_adamw import AdamWGroup, ParamUpdate, is_row_buffer
 
 _CHUNK = 8192  # elements of a program of _update_kernel
 _BLOCK = 1024  # of these, how many at a time
+_NUM_WARPS = 8 if torch.version.hip is None else 4  # 4 elements a thread: one access of 16 bytes
 _ROWS = 128  # rows of a program of _prepare_kernel
-_VECTOR = 8  # elements: one access of 16 bytes in bf16, two in fp32
+_VECTOR = 8  # elements that share their row, and the random bits of one counter
 # A flat tensor is seen as rows of this length, which chunks do not cross; longer rows do not fit.
 _FLAT_ROW = 2**30
 
@@ -43,7 +45,8 @@ _FLAT_ROW = 2**30
 
 _WORDS = tl.constexpr(24)
 (
-    _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _AGES, _LIST, _MASTER,  # addresses
+    # addresses
+    _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _MAX_EXP_AVG_SQ, _STEP, _AGES, _LIST, _MASTER,
     _COUNT,  # address of how many rows of the list count, or 0: all
     _LR, _GRAD_SCALE, _FOUND_INF,  # addresses of fp32 scalars, or 0
     _LISTED,  # length of the list
@@ -67,8 +70,8 @@ _SCALARS = tl.constexpr(8)
     _GRAD_FACTOR, _F_BETA1, _ONE_MINUS_BETA1, _F_BETA2, _ONE_MINUS_BETA2, _F_EPS, _DECAY,
     _NEW_STEP,  # negative: nothing is written
 ) = (tl.constexpr(i) for i in range(8))  # fmt: skip
-# ... and of each visited row its entry, 2 * index + (1 if its gradient is read), or -1: is left alone,
-# and two fp32 coefficients: lr / (1 - beta1^age), 1 / sqrt(1 - beta2^age).
+# ... and of each visited row its entry, 2 * index + (1 if its gradient is read) or -1 if it is left
+# alone, and two fp32 coefficients in one word: lr / (1 - beta1^age), 1 / sqrt(1 - beta2^age).
 
 _BF16, _FP16 = (tl.constexpr(DTYPE_CODES[d]) for d in (torch.bfloat16, torch.float16))
 
@@ -108,7 +111,7 @@ def _integer_powers(base1, base2, exponent, bits):
     return power1, power2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tensors"])
 def _prepare_kernel(
     tensors, groups, firsts, num_tensors, scalars, entries, coefficients, ROWS: tl.constexpr
 ):
@@ -148,8 +151,8 @@ def _prepare_kernel(
     counted = tl.load(count_address.to(tl.pointer_type(tl.int32)), mask=count_address != 0, other=0)
     count = tl.where(count_address != 0, tl.minimum(counted.to(tl.int64), count), count)
 
-    # freeze: down the list. It is the user's to write to: rows that do not ascend or do not exist are
-    # left alone.
+    # freeze: down the list. It is the user's to write to: rows that do not ascend or do not exist
+    # are left alone.
     listed = inside & by_list & (position < count)
     row = tl.load(selected + position, mask=listed, other=-1)
     previous = tl.load(selected + position - 1, mask=listed & (position > 0), other=-1)
@@ -193,52 +196,50 @@ def _prepare_kernel(
         tl.where(valid, index.to(tl.int64) * 2 + has_grad.to(tl.int64), -1),
         mask=inside,
     )
-    tl.store(coefficients + 2 * entry, (lr / (1.0 - power1)).to(tl.float32), mask=inside)
-    inv_sqrt_bias2 = 1.0 / tl.sqrt(1.0 - power2)
-    tl.store(coefficients + 2 * entry + 1, inv_sqrt_bias2.to(tl.float32), mask=inside)
+    step_size = (lr / (1.0 - power1)).to(tl.float32).to(tl.uint32, bitcast=True)
+    inv_sqrt_bias2 = (1.0 / tl.sqrt(1.0 - power2)).to(tl.float32).to(tl.int32, bitcast=True)
+    both = (inv_sqrt_bias2.to(tl.int64) << 32) | step_size.to(tl.int64)
+    tl.store(coefficients + entry, both, mask=inside)
 
 
 @triton.jit
-def _address(word, VECTOR: tl.constexpr):
-    address = tl.load(word)
-    if VECTOR > 1:
-        address = tl.multiple_of(address, 16)
-    return address
-
-
-@triton.jit
-def _load(address, at, mask, DTYPE: tl.constexpr):
-    """Elements as fp32; those masked out are 0."""
+def _load(address, at, mask, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Elements as fp32; those masked out are 0. The address is a multiple of ALIGN."""
     if DTYPE == _BF16:
-        bits = tl.load(address.to(tl.pointer_type(tl.int16)) + at, mask=mask, other=0)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), ALIGN)
+        bits = tl.load(pointer + at, mask=mask, other=0)
         return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif DTYPE == _FP16:
-        pointer = address.to(tl.pointer_type(tl.float16)) + at
-        return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float16)), ALIGN)
+        return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
     else:
-        return tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), ALIGN)
+        return tl.load(pointer + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_bf16(address, at, value, mask, random):
-    """Adds `random` (16 bits) to the part that is cut off."""
+def _store_bf16(address, at, value, mask, random, ALIGN: tl.constexpr):
+    """Adds `random` (16 bits) to the part that is cut off; every NaN becomes torch's."""
     bits = value.to(tl.uint32, bitcast=True)
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
     rounded = tl.add(bits, random, sanitize_overflow=False) >> 16
     rounded = tl.where(is_nan, 0x7FC0, rounded).to(tl.int16)
-    tl.store(address.to(tl.pointer_type(tl.int16)) + at, rounded, mask=mask)
+    pointer = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), ALIGN)
+    tl.store(pointer + at, rounded, mask=mask)
 
 
 @triton.jit
-def _store(address, at, value, mask, DTYPE: tl.constexpr):
-    """Rounded to nearest even; in bf16 every NaN becomes the quiet NaN that torch writes."""
+def _store(address, at, value, mask, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Rounded to nearest even."""
     if DTYPE == _BF16:
         bits = value.to(tl.uint32, bitcast=True)
-        _store_bf16(address, at, value, mask, ((bits >> 16) & 1) + 0x7FFF)
+        _store_bf16(address, at, value, mask, ((bits >> 16) & 1) + 0x7FFF, ALIGN)
     elif DTYPE == _FP16:
-        tl.store(address.to(tl.pointer_type(tl.float16)) + at, value.to(tl.float16), mask=mask)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float16)), ALIGN)
+        tl.store(pointer + at, value.to(tl.float16), mask=mask)
     else:
-        tl.store(address.to(tl.pointer_type(tl.float32)) + at, value, mask=mask)
+        pointer = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), ALIGN)
+        tl.store(pointer + at, value, mask=mask)
 
 
 @triton.jit
@@ -256,16 +257,12 @@ def _random_bits(at, lane, key, step, seed, VECTOR: tl.constexpr):
     )
     # A vector is a group.
     if VECTOR == 1:
-        lane = (at & 7).to(tl.int32)[:, None]
-    word = tl.where(
-        lane < 4,
-        tl.where(lane < 2, w0[:, None], w1[:, None]),
-        tl.where(lane < 6, w2[:, None], w3[:, None]),
-    )
+        lane = (at & 7).to(tl.int32)
+    word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
     return (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tensors"])
 def _update_kernel(
     tensors,
     firsts,
@@ -284,6 +281,7 @@ def _update_kernel(
     CHUNK: tl.constexpr,
 ):
     """VECTOR > 1: addresses are multiples of 16 bytes, and rows of VECTOR elements."""
+    ALIGN: tl.constexpr = 16 if VECTOR > 1 else 1
     item = tl.program_id(0)
     tensor = _find(firsts, num_tensors, item)
     start = (item - tl.load(firsts + tensor)).to(tl.int64) * CHUNK
@@ -303,72 +301,74 @@ def _update_kernel(
     first_position = start // row_len
     first_column = (start - first_position * row_len).to(tl.int32)
 
-    param, grad = _address(t + _PARAM, VECTOR), _address(t + _GRAD, VECTOR)
-    exp_avg, exp_avg_sq = _address(t + _EXP_AVG, VECTOR), _address(t + _EXP_AVG_SQ, VECTOR)
+    param, grad = tl.load(t + _PARAM), tl.load(t + _GRAD)
+    exp_avg, exp_avg_sq = tl.load(t + _EXP_AVG), tl.load(t + _EXP_AVG_SQ)
+    max_exp_avg_sq, master = tl.load(t + _MAX_EXP_AVG_SQ), tl.load(t + _MASTER)
     grad_factor = tl.load(s + _GRAD_FACTOR)
     beta1, one_minus_beta1 = tl.load(s + _F_BETA1), tl.load(s + _ONE_MINUS_BETA1)
     beta2, one_minus_beta2 = tl.load(s + _F_BETA2), tl.load(s + _ONE_MINUS_BETA2)
     eps, decay = tl.load(s + _F_EPS), tl.load(s + _DECAY)
 
     # A block is vectors x lanes: what elements of one row share is worked out once for a vector.
-    vector = tl.arange(0, BLOCK // VECTOR) * VECTOR
+    # Its place is computed in both shapes, which is cheaper than an exchange between threads.
+    vectors = tl.arange(0, BLOCK // VECTOR) * VECTOR
     lane = tl.arange(0, VECTOR)[None, :]
     for begin in range(0, length, BLOCK):
-        offset = first_column + begin + vector
+        row_offset = (first_column + begin + vectors) // row_len.to(tl.int32)
+        entry = first_entry + tl.where(flat, 0, first_position + row_offset)
+        inside = begin + vectors < length
+        code = tl.load(entries + entry, mask=inside, other=-1)[:, None]
+        both = tl.load(coefficients + entry, mask=inside, other=0)[:, None]
+        step_size = both.to(tl.int32).to(tl.float32, bitcast=True)
+        inv_sqrt_bias2 = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+        offset = first_column + begin + vectors[:, None]
         row_offset = offset // row_len.to(tl.int32)
         column = offset - row_offset * row_len.to(tl.int32)
         position = first_position + row_offset
-        entry = first_entry + tl.where(flat, 0, position)
-        inside = begin + vector < length
-        code = tl.load(entries + entry, mask=inside, other=-1)
-        valid = code >= 0
+        mask = code >= 0
+        has_grad = mask & ((code & 1) != 0)
         row = (code >> 1) + tl.where(flat, position, 0)
-        has_grad = (valid & ((code & 1) != 0))[:, None]
-        step_size = tl.load(coefficients + 2 * entry, mask=valid, other=0.0)[:, None]
-        inv_sqrt_bias2 = tl.load(coefficients + 2 * entry + 1, mask=valid, other=0.0)[:, None]
-        first_at = tl.multiple_of(row * row_len + column, VECTOR)
         state_row = tl.where(compact, position, row)
-        at = first_at[:, None] + lane
-        state_at = tl.multiple_of(state_row * row_len + column, VECTOR)[:, None] + lane
-        mask = valid[:, None]
+        first_at = tl.multiple_of(row * row_len + column, (VECTOR, VECTOR))
+        state_at = tl.multiple_of(state_row * row_len + column, (VECTOR, VECTOR)) + lane
+        at = first_at + lane
 
         if MASTER:
-            master = _address(t + _MASTER, VECTOR)
-            p = _load(master, state_at, mask, 0)
+            p = _load(master, state_at, mask, 0, ALIGN)
         else:
-            p = _load(param, at, mask, PARAM)
-        g = _load(grad, at, has_grad, GRAD)
-        m = _load(exp_avg, state_at, mask, MOMENT)
-        v = _load(exp_avg_sq, state_at, mask, MOMENT)
+            p = _load(param, at, mask, PARAM, ALIGN)
+        g = _load(grad, at, has_grad, GRAD, ALIGN)
+        m = _load(exp_avg, state_at, mask, MOMENT, ALIGN)
+        v = _load(exp_avg_sq, state_at, mask, MOMENT, ALIGN)
 
         # As csrc/adamw_math.h, in its order.
         g = tl.where(has_grad, g * grad_factor, 0.0)
         m = beta1 * m + one_minus_beta1 * g
         v = beta2 * v + one_minus_beta2 * (g * g)
-        _store(exp_avg, state_at, m, mask, MOMENT)
-        _store(exp_avg_sq, state_at, v, mask, MOMENT)
+        _store(exp_avg, state_at, m, mask, MOMENT, ALIGN)
+        _store(exp_avg_sq, state_at, v, mask, MOMENT, ALIGN)
         if AMSGRAD:
-            max_exp_avg_sq = _address(t + _MAX_EXP_AVG_SQ, VECTOR)
-            largest = _load(max_exp_avg_sq, state_at, mask, MOMENT)
+            largest = _load(max_exp_avg_sq, state_at, mask, MOMENT, ALIGN)
             v = tl.where((v > largest) | (v != v), v, largest)  # noqa: PLR0124
-            _store(max_exp_avg_sq, state_at, v, mask, MOMENT)
+            _store(max_exp_avg_sq, state_at, v, mask, MOMENT, ALIGN)
         denominator = tl.sqrt_rn(v) * inv_sqrt_bias2 + eps
         p = decay * p - tl.div_rn(step_size * m, denominator)
         if MASTER:
-            _store(master, state_at, p, mask, 0)
+            _store(master, state_at, p, mask, 0, ALIGN)
         if STOCHASTIC:
             key, seed = tl.load(t + _KEY), tl.load(t + _SEED)
             random = _random_bits(first_at, lane, key, new_step, seed, VECTOR)
-            _store_bf16(param, at, p, mask, random)
+            _store_bf16(param, at, p, mask, random, ALIGN)
         else:
-            _store(param, at, p, mask, PARAM)
+            _store(param, at, p, mask, PARAM, ALIGN)
 
 
 # ---- launch --------------------------------------------------------------------------------------
 
 
 def supports(update: ParamUpdate) -> bool:
-    """Whether the kernels can do it: contiguous tensors of types they know, with memory of their own."""
+    """The kernels want contiguous tensors of a type they know, with memory of their own."""
     param, grad, exp_avg = update[:3]
     dtypes = (param.dtype, grad.dtype, exp_avg.dtype)
     return (
@@ -408,7 +408,9 @@ def update(
     device = updates[0][0].device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # Its table would be gone when the graph is replayed.
-        raise RuntimeError("longact's Triton kernels cannot be captured: capture needs a native build")
+        raise RuntimeError(
+            "longact's Triton kernels cannot be captured: capture needs a native build"
+        )
 
     def on_device(value: Tensor) -> Tensor:
         return value.to(device, torch.float32, non_blocking=True)
@@ -432,7 +434,7 @@ def update(
             1.0 if isinstance(grad_scale, Tensor) else grad_scale, 0.0,
         ))  # fmt: skip
 
-    rows_of: dict[tuple[object, ...], list[list[int]]] = {}
+    rows_of: dict[tuple[int, int, int, bool, bool, bool, int], list[list[int]]] = {}
     num_entries = 0
     for u, grad in zip(updates, grads, strict=True):
         group = groups[u[-1]]
@@ -454,18 +456,20 @@ def update(
         )
         rows_of.setdefault(key, []).append(words)
 
+    num_entries += num_entries % 2  # what follows stays on a multiple of 16 bytes
     # Launches in turn: tensors, groups, then the first items of the preparation and of each launch.
     table = array("q", [word for rows in rows_of.values() for row in rows for word in row])
     all_rows = [row for rows in rows_of.values() for row in rows]
     prepare_firsts, prepare_items = _first_items(all_rows, _VISITED.value, _ROWS)
     firsts = [_first_items(rows, _ELEMENTS.value, _CHUNK) for rows in rows_of.values()]
-    sections = [table, group_table, prepare_firsts, *(first for first, _ in firsts)]
+    sections: list[array[int] | array[float]] = [table, group_table, prepare_firsts]
+    sections += [first for first, _ in firsts]
     tensors, group_rows, prepare_first, *update_firsts = _upload(sections, device)
     scratch = torch.empty(
         2 * num_entries + len(all_rows) * _SCALARS.value // 2, dtype=torch.int64, device=device
     )
     scalars = scratch[: len(all_rows) * _SCALARS.value // 2].view(torch.float32)
-    coefficients = scratch[scratch.numel() - num_entries :].view(torch.float32)
+    coefficients = scratch[scratch.numel() - num_entries :]
     entries = scratch[scalars.numel() // 2 : scratch.numel() - num_entries]
 
     here = contextlib.nullcontext()
@@ -497,6 +501,7 @@ def update(
                 *key,
                 BLOCK=_BLOCK,
                 CHUNK=_CHUNK,
+                num_warps=_NUM_WARPS,
                 enable_fp_fusion=False,
             )
             done += len(rows)
