@@ -229,7 +229,10 @@ __device__ Chunk make_chunk(const AdamWLaunch& launch, int64_t chunk) {
   c.zero_grad = group.zero_grad;
   c.stochastic = group.stochastic && t.master == nullptr && t.param_dtype == DType::kBFloat16;
   c.random = {group.seed, t.key, static_cast<uint32_t>(*t.step + 1.0f)};
-  c.num_selected = t.num_selected_tensor != nullptr ? *t.num_selected_tensor : t.num_selected;
+  c.num_selected = t.num_selected;
+  if (t.num_selected_tensor != nullptr && *t.num_selected_tensor < c.num_selected) {
+    c.num_selected = *t.num_selected_tensor;
+  }
   c.begin = (chunk - launch.first_chunk[tensor]) * chunk_length(t);
 
   const bool by_list = !t.all_selected() && !c.zero_grad;
@@ -261,7 +264,7 @@ __device__ Row make_row(const AdamWLaunch& launch, const Chunk& c, int i) {
     } else if (!t.all_selected()) {
       // The list is the user's to write to: rows that do not ascend or do not exist are left alone.
       index = t.rows[position];
-      row.valid = index > (position == 0 ? -1 : t.rows[position - 1]) && index < t.num_rows;
+      row.valid = index >= 0 && index < t.num_rows && (position == 0 || index > t.rows[position - 1]);
       if (!row.valid) return row;
     }
     const int64_t state_index = t.compact ? position : index;

@@ -228,7 +228,17 @@ def test_lr_and_scale_are_read_where_they_are(table: CudaTable, dtype: torch.dty
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [[3, 1, 5], [1, 1, 4], [2, 9, 4], [-1, 3, 4], [4, 2**31 - 1, 5]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [3, 1, 5],
+        [1, 1, 4],
+        [2, 9, 4],
+        [-1, 3, 4],
+        [-5, -3, 2],
+        [4, 2**31 - 1, 5],
+    ],
+)
 def test_rows_that_do_not_fit_are_left_alone(table: CudaTable, bad: list[int]) -> None:
     """Overwritten in place after they were checked: nothing may be written out of bounds."""
     case = Case((6, 8), rows=torch.tensor([1, 3, 4], dtype=INT32))
@@ -238,9 +248,9 @@ def test_rows_that_do_not_fit_are_left_alone(table: CudaTable, bad: list[int]) -
     case.rows.copy_(torch.tensor(bad))
     table.run(make_groups(), 1.0, None)
     case.check_guards("bad rows")
-    previous, valid = -1, []
+    previous, valid = -(2**31), []
     for row in bad:
-        if previous < row < 6:
+        if 0 <= row < 6 and previous < row:
             valid.append(row)
         previous = row
     assert case.ages.tensor.nonzero().flatten().tolist() == sorted(set(valid))
@@ -267,6 +277,22 @@ def test_a_buffer_of_rows_changes_between_launches(table: CudaTable, zero_grad: 
         case.compare(f"{kind} {step}")
         case.check_untouched(before, kind)
     case.check_guards("buffer")
+
+
+@pytest.mark.parametrize("count", [-3, 201, 2**31 - 1])
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_a_count_that_does_not_fit_is_cut(table: CudaTable, count: int, zero_grad: bool) -> None:
+    case = Case((200, 24), rows=torch.arange(200, dtype=INT32), zero_grad=zero_grad)
+    buffer = torch.arange(-1, 200, dtype=INT32)  # row r at its place
+    buffer[0] = count
+    if count < 0:
+        case.rows = torch.empty(0, dtype=INT32)
+    case.new_grad()
+    group = make_groups(zero_grad)[0]
+    table.update([(*case.update[:7], buffer, *case.update[8:])], [group])
+    case.step_reference([group])
+    case.compare("all rows, or none")
+    case.check_guards("all rows, or none")
 
 
 def test_a_selection_keeps_its_buffer_and_fills_it() -> None:
