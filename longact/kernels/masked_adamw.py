@@ -495,7 +495,8 @@ def dispatch(
             rest += [u for u, fits in zip(here, fit, strict=True) if not fits]
         else:
             rest += here
-    for table in native_tables:
+    # The CPU's checks its rows once more, and may refuse them: before any other has changed.
+    for table in sorted(native_tables, key=lambda table: table.on_gpu):
         table.run(groups, grad_scale, found_inf)
     for here in triton_updates:
         masked_adamw_triton.update(here, groups, grad_scale, found_inf)
