@@ -31,6 +31,7 @@ def cuda_plan(mode: str) -> tuple[str | None, str]:
     search = [str(Path(home) / "bin")] if home else []
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*search, os.environ.get("PATH", "")]))
     if nvcc is not None:
+        nvcc = os.path.abspath(nvcc)
         return nvcc, f"CUDA build with {nvcc}"
     line = "nvcc not found on PATH or under CUDA_HOME"
     if mode == "1":

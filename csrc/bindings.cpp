@@ -112,7 +112,7 @@ class AdamWTable {
     launch.blocks_done = pointer<uint32_t>(blocks_done);
     launch.grad_scale = pointer<const float>(grad_scale);
     launch.found_inf = pointer<const float>(found_inf);
-    masked_adamw_cuda(launch, device_table_.num_chunks(), device, stream);
+    masked_adamw_cuda(launch, device, stream);
   }
 #endif
 

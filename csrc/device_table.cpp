@@ -38,7 +38,7 @@ size_t DeviceTable::pack(const std::vector<AdamWTensor>& tensors, const std::vec
   const size_t grads_at = aligned(groups.size() * sizeof(AdamWGroup));
   const size_t tensors_at = aligned(grads_at + grads.size() * sizeof(void*));
   const size_t first_chunk_at = aligned(tensors_at + tensors.size() * sizeof(AdamWTensor));
-  const size_t size = aligned(first_chunk_at + (tensors.size() + 1) * sizeof(int64_t));
+  const size_t size = aligned(first_chunk_at + tensors.size() * sizeof(int64_t));
 
   const size_t tail = tensors_changed || size != image_.size() || grads_at != grads_ ? 0 : tensors_at;
   std::vector<char> image(size);
@@ -52,21 +52,18 @@ size_t DeviceTable::pack(const std::vector<AdamWTensor>& tensors, const std::vec
   }
 
   put(image, tensors_at, tensors);
-  std::vector<int64_t> first_chunk{0};
-  bytes_ = 0;
+  std::vector<int64_t> first_chunk;
+  bytes_ = num_chunks_ = 0;
   for (const AdamWTensor& t : tensors) {
-    int64_t chunks = 0;
-    if (t.step != nullptr) {
-      const bool zero_grad = groups[t.group].zero_grad;
-      const int64_t length = t.flat() ? t.num_rows * t.row_len : t.rows_to_visit(zero_grad);
-      // Rows without elements still grow older.
-      chunks = (length + chunk_length(t) - 1) / chunk_length(t);
-      bytes_ += step_bytes(t, zero_grad);
-    }
-    first_chunk.push_back(first_chunk.back() + chunks);
+    first_chunk.push_back(num_chunks_);
+    if (t.step == nullptr) continue;
+    const bool zero_grad = groups[t.group].zero_grad;
+    const int64_t length = t.flat() ? t.num_rows * t.row_len : t.rows_to_visit(zero_grad);
+    // Rows without elements still grow older.
+    num_chunks_ += (length + chunk_length(t) - 1) / chunk_length(t);
+    bytes_ += step_bytes(t, zero_grad);
   }
   put(image, first_chunk_at, first_chunk);
-  num_chunks_ = first_chunk.back();
   num_tensors_ = tensors.size();
   grads_ = grads_at;
   tensors_ = tensors_at;
@@ -81,6 +78,7 @@ AdamWLaunch DeviceTable::launch(const char* device) const {
   launch.grads = reinterpret_cast<const void* const*>(device + grads_);
   launch.tensors = reinterpret_cast<const AdamWTensor*>(device + tensors_);
   launch.first_chunk = reinterpret_cast<const int64_t*>(device + first_chunk_);
+  launch.num_chunks = num_chunks_;
   launch.num_tensors = static_cast<int32_t>(num_tensors_);
   return launch;
 }

@@ -13,12 +13,13 @@ namespace longact {
 constexpr int64_t kChunkElements = 16384;
 constexpr int64_t kChunkRows = 64;  // at most: each row's coefficients lie in shared memory
 
-// What the kernel is given; everything but the last three points into the uploaded image.
+// What the kernel is given; the first four point into the uploaded image.
 struct AdamWLaunch {
   const AdamWGroup* groups;
   const void* const* grads;
   const AdamWTensor* tensors;
-  const int64_t* first_chunk;  // of each tensor, and the number of chunks at the end
+  const int64_t* first_chunk;  // of each tensor
+  int64_t num_chunks;
   int32_t num_tensors;
   uint32_t* blocks_done;    // 0 between launches
   const float* grad_scale;  // null: 1

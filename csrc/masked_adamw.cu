@@ -2,14 +2,14 @@
 //
 // A thread block takes one chunk: up to 16,384 elements of a flat tensor, or the rows that hold about
 // as many. Its threads first work out each row's place and coefficients, then share the rows'
-// elements, 8 at a time in accesses of 16 bytes. Rows that are not selected cost no traffic: rows are
-// reached through the list of selected ones. The arithmetic is adamw_math.h's, without fused multiply-add:
-// the bits are those of the CPU path.
+// elements. Rows that are not selected cost no traffic: rows are reached through the list of selected
+// ones. The arithmetic is adamw_math.h's, without fused multiply-add: the bits are those of the CPU path.
 #include "masked_adamw_cuda.h"
 
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "adamw_math.h"
 #include "rounding.h"
@@ -26,9 +26,12 @@ namespace {
 #endif
 constexpr int kThreads = LONGACT_BLOCK_THREADS;
 constexpr int kBlocksPerSM = 4;  // 64 registers a thread: half of the threads an SM can hold
-constexpr int kVector = 8;       // elements: one access of 16 bytes in bf16, two in fp32
-static_assert(kVector == kRandomGroup, "a vector takes the random bits of one group");
-static_assert(kChunkElements % kVector == 0, "chunks of a flat tensor stay aligned");
+// A thread takes 4 elements at a time, or 8 where all buffers are of 16 bits: accesses of 16 bytes to the
+// widest of them, and those of neighbouring threads touch. Twice as wide in fp32, two accesses would
+// each touch every second 16 bytes, which doubles the writes that the L2 cache sees.
+constexpr int kQuad = 4;
+static_assert(kRandomGroup == 2 * kQuad, "a vector draws from one group of random bits");
+static_assert(kChunkElements % kRandomGroup == 0, "chunks of a flat tensor stay aligned");
 static_assert(kChunkRows <= kThreads, "one thread prepares one row");
 
 // A run of elements with the same coefficients: a row, or a flat tensor's chunk.
@@ -46,63 +49,77 @@ struct Chunk {
   int64_t num_selected;
   int64_t begin;      // of the chunk: an element of a flat tensor, else a position among the rows to visit
   int num_rows;       // a flat tensor's chunk is one row
-  int vectors, rest;  // whole vectors of a row, and the elements after them
+  int vector;         // elements: 4 or 8
+  int vectors, rest;  // of a row: whole vectors, and the elements after them
   bool zero_grad, stochastic;
 };
 
-struct Bytes8 {
-  uint4 low, high;
-};
+// A vector of 8 is of 16-bit elements always.
+template <int kVector>
+__device__ __forceinline__ bool is_wide(DType dtype) {
+  return kVector == kQuad && dtype == DType::kFloat32;
+}
+
+template <int kVector, typename T>
+__device__ __forceinline__ T* address(T* base, DType dtype, int64_t at) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(base) + at * (is_wide<kVector>(dtype) ? 4 : 2);
+}
 
 // Streaming accesses: nothing is used twice in a step.
-__device__ __forceinline__ Bytes8 load_vector(const void* base, DType dtype, int64_t at) {
-  const auto* from = reinterpret_cast<const uint4*>(static_cast<const char*>(base) + at * dtype_size(dtype));
-  Bytes8 bytes{};
-  bytes.low = __ldcs(from);
-  if (dtype == DType::kFloat32) bytes.high = __ldcs(from + 1);
-  return bytes;
+template <int kVector>
+__device__ __forceinline__ uint4 load_vector(const void* base, DType dtype, int64_t at) {
+  const void* from = address<kVector>(base, dtype, at);
+  if (kVector == 2 * kQuad || is_wide<kVector>(dtype)) return __ldcs(static_cast<const uint4*>(from));
+  const uint2 half = __ldcs(static_cast<const uint2*>(from));
+  return {half.x, half.y, 0, 0};
 }
 
-__device__ __forceinline__ void to_floats(const Bytes8& bytes, DType dtype, float (&x)[kVector]) {
-  const uint32_t words[kVector] = {bytes.low.x,  bytes.low.y,  bytes.low.z,  bytes.low.w,
-                                   bytes.high.x, bytes.high.y, bytes.high.z, bytes.high.w};
-  if (dtype == DType::kFloat32) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) x[i] = bit_cast<float>(words[i]);
-  } else if (dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      x[i] = bfloat16_to_float(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16)));
-    }
+template <int kVector>
+__device__ __forceinline__ void store_vector(void* base, DType dtype, int64_t at, const uint4& bits) {
+  void* to = address<kVector>(base, dtype, at);
+  if (kVector == 2 * kQuad || is_wide<kVector>(dtype)) {
+    __stcs(static_cast<uint4*>(to), bits);
   } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      x[i] = float16_to_float(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16)));
-    }
+    __stcs(static_cast<uint2*>(to), uint2{bits.x, bits.y});
   }
 }
 
+// Four of a vector's elements: its only four, or of 8 the first (`quad` 0) or the last.
+template <int kVector>
+__device__ __forceinline__ void unpack(const uint4& bits, DType dtype, int quad, float (&x)[kQuad]) {
+  if (is_wide<kVector>(dtype)) {
+    x[0] = bit_cast<float>(bits.x);
+    x[1] = bit_cast<float>(bits.y);
+    x[2] = bit_cast<float>(bits.z);
+    x[3] = bit_cast<float>(bits.w);
+    return;
+  }
+  const uint32_t words[2] = {quad == 0 ? bits.x : bits.z, quad == 0 ? bits.y : bits.w};
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    const auto half = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+    x[i] = dtype == DType::kBFloat16 ? bfloat16_to_float(half) : float16_to_float(half);
+  }
+}
+
+// `round(value, i)`: the 16 bits of element i of the four.
 template <typename Round>
-__device__ __forceinline__ uint4 pack_halves(const float (&x)[kVector], Round round) {
-  uint32_t words[kVector / 2];
-#pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    words[i] = round(x[2 * i], 2 * i) | static_cast<uint32_t>(round(x[2 * i + 1], 2 * i + 1)) << 16;
-  }
-  return {words[0], words[1], words[2], words[3]};
+__device__ __forceinline__ void pack_halves(const float (&x)[kQuad], int quad, uint4& bits, Round round) {
+  const uint32_t low = round(x[0], 0) | static_cast<uint32_t>(round(x[1], 1)) << 16;
+  const uint32_t high = round(x[2], 2) | static_cast<uint32_t>(round(x[3], 3)) << 16;
+  (quad == 0 ? bits.x : bits.z) = low;
+  (quad == 0 ? bits.y : bits.w) = high;
 }
 
-__device__ __forceinline__ void store_vector(void* base, DType dtype, int64_t at, const float (&x)[kVector]) {
-  auto* to = reinterpret_cast<uint4*>(static_cast<char*>(base) + at * dtype_size(dtype));
-  if (dtype == DType::kFloat32) {
-    __stcs(to, uint4{bit_cast<uint32_t>(x[0]), bit_cast<uint32_t>(x[1]), bit_cast<uint32_t>(x[2]),
-                     bit_cast<uint32_t>(x[3])});
-    __stcs(to + 1, uint4{bit_cast<uint32_t>(x[4]), bit_cast<uint32_t>(x[5]), bit_cast<uint32_t>(x[6]),
-                         bit_cast<uint32_t>(x[7])});
+template <int kVector>
+__device__ __forceinline__ void pack(const float (&x)[kQuad], DType dtype, int quad, uint4& bits) {
+  if (is_wide<kVector>(dtype)) {
+    bits = {bit_cast<uint32_t>(x[0]), bit_cast<uint32_t>(x[1]), bit_cast<uint32_t>(x[2]), bit_cast<uint32_t>(x[3])};
   } else if (dtype == DType::kBFloat16) {
-    __stcs(to, pack_halves(x, [](float value, int) { return float_to_bfloat16(value); }));
+    pack_halves(x, quad, bits, [](float value, int) { return float_to_bfloat16(value); });
   } else {
-    __stcs(to, pack_halves(x, [](float value, int) { return float_to_float16(value); }));
+    pack_halves(x, quad, bits, [](float value, int) { return float_to_float16(value); });
   }
 }
 
@@ -121,46 +138,57 @@ __device__ __forceinline__ void store_one(void* base, DType dtype, int64_t at, f
   }
 }
 
-// Elements [at, at + 8) of the parameter, [state_at, state_at + 8) of the moments; all aligned.
+// The vector at `at` of the parameter and `state_at` of the moments; all aligned.
+template <int kVector>
 __device__ __forceinline__ void update_vector(const Chunk& chunk, const Row& row, int64_t at, int64_t state_at) {
   const AdamWTensor& t = chunk.t;
-  const bool has_master = t.master != nullptr;
+  const AdamWCoefficients<float>& c = row.coefficients;
+  const bool has_master = kVector == kQuad && t.master != nullptr;
   const DType source_dtype = has_master ? DType::kFloat32 : t.param_dtype;
   // All loads before the first use, so that they are in flight together.
-  const Bytes8 p_bytes = load_vector(has_master ? t.master : t.param, source_dtype, has_master ? state_at : at);
-  Bytes8 g_bytes{};
-  if (row.has_grad) g_bytes = load_vector(chunk.grad, t.grad_dtype, at);
-  const Bytes8 m_bytes = load_vector(t.exp_avg, t.moment_dtype, state_at);
-  const Bytes8 v_bytes = load_vector(t.exp_avg_sq, t.moment_dtype, state_at);
+  uint4 p_bits = load_vector<kVector>(has_master ? t.master : t.param, source_dtype, has_master ? state_at : at);
+  uint4 g_bits{};
+  if (row.has_grad) g_bits = load_vector<kVector>(chunk.grad, t.grad_dtype, at);
+  uint4 m_bits = load_vector<kVector>(t.exp_avg, t.moment_dtype, state_at);
+  uint4 v_bits = load_vector<kVector>(t.exp_avg_sq, t.moment_dtype, state_at);
+  uint4 vmax_bits{}, rounded{};
 
-  const AdamWCoefficients<float>& c = row.coefficients;
-  float p[kVector], g[kVector], m[kVector], v[kVector];
-  to_floats(p_bytes, source_dtype, p);
-  to_floats(g_bytes, t.grad_dtype, g);
-  to_floats(m_bytes, t.moment_dtype, m);
-  to_floats(v_bytes, t.moment_dtype, v);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) update_moments(c, row.has_grad ? g[i] * c.grad_factor : 0.0f, m[i], v[i]);
-  store_vector(t.exp_avg, t.moment_dtype, state_at, m);
-  store_vector(t.exp_avg_sq, t.moment_dtype, state_at, v);
-  if (t.max_exp_avg_sq != nullptr) {
-    float vmax[kVector];
-    to_floats(load_vector(t.max_exp_avg_sq, t.moment_dtype, state_at), t.moment_dtype, vmax);
+  for (int quad = 0; quad < kVector / kQuad; ++quad) {
+    float p[kQuad], g[kQuad], m[kQuad], v[kQuad];
+    unpack<kVector>(p_bits, source_dtype, quad, p);
+    unpack<kVector>(g_bits, t.grad_dtype, quad, g);
+    unpack<kVector>(m_bits, t.moment_dtype, quad, m);
+    unpack<kVector>(v_bits, t.moment_dtype, quad, v);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = running_max(vmax[i], v[i]);
-    store_vector(t.max_exp_avg_sq, t.moment_dtype, state_at, v);
+    for (int i = 0; i < kQuad; ++i) update_moments(c, row.has_grad ? g[i] * c.grad_factor : 0.0f, m[i], v[i]);
+    pack<kVector>(m, t.moment_dtype, quad, m_bits);
+    pack<kVector>(v, t.moment_dtype, quad, v_bits);
+    if (t.max_exp_avg_sq != nullptr) {
+      float vmax[kQuad];
+      if (quad == 0) vmax_bits = load_vector<kVector>(t.max_exp_avg_sq, t.moment_dtype, state_at);
+      unpack<kVector>(vmax_bits, t.moment_dtype, quad, vmax);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) v[i] = running_max(vmax[i], v[i]);
+      pack<kVector>(v, t.moment_dtype, quad, vmax_bits);
+    }
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) update_param(c, p[i], m[i], v[i]);
+    if (has_master) pack<kVector>(p, DType::kFloat32, quad, p_bits);
+    if (chunk.stochastic) {
+      const RandomBits random = random_bits(chunk.random, static_cast<uint64_t>(at) / kRandomGroup);
+      const int lane = static_cast<int>(at % kRandomGroup) + quad * kQuad;
+      pack_halves(p, quad, rounded,
+                  [&](float value, int i) { return round_to_bfloat16(value, bits_of_lane(random, lane + i)); });
+    } else {
+      pack<kVector>(p, t.param_dtype, quad, rounded);
+    }
   }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) update_param(c, p[i], m[i], v[i]);
-  if (has_master) store_vector(t.master, DType::kFloat32, state_at, p);
-  if (chunk.stochastic) {
-    const RandomBits bits = random_bits(chunk.random, static_cast<uint64_t>(at) / kRandomGroup);
-    __stcs(static_cast<uint4*>(t.param) + at / kVector, pack_halves(p, [&](float value, int lane) {
-             return round_to_bfloat16(value, bits_of_lane(bits, lane));
-           }));
-  } else {
-    store_vector(t.param, t.param_dtype, at, p);
-  }
+  store_vector<kVector>(t.exp_avg, t.moment_dtype, state_at, m_bits);
+  store_vector<kVector>(t.exp_avg_sq, t.moment_dtype, state_at, v_bits);
+  if (t.max_exp_avg_sq != nullptr) store_vector<kVector>(t.max_exp_avg_sq, t.moment_dtype, state_at, vmax_bits);
+  if (has_master) store_vector<kVector>(t.master, DType::kFloat32, state_at, p_bits);
+  store_vector<kVector>(t.param, t.param_dtype, at, rounded);
 }
 
 __device__ __forceinline__ void update_one(const Chunk& chunk, const Row& row, int64_t at, int64_t state_at) {
@@ -219,9 +247,10 @@ __device__ __forceinline__ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0;
 }
 
-__device__ Chunk make_chunk(const AdamWLaunch& launch, int64_t chunk) {
+__device__ void make_chunk(const AdamWLaunch& launch, int64_t chunk, Chunk& c) {
+  c.num_rows = c.vectors = c.rest = 0;
+  if (chunk >= launch.num_chunks) return;  // of a table whose tensors are all empty
   const int tensor = tensor_of_chunk(launch, chunk);
-  Chunk c;
   c.t = launch.tensors[tensor];
   c.grad = launch.grads[tensor];
   const AdamWTensor& t = c.t;
@@ -233,19 +262,22 @@ __device__ Chunk make_chunk(const AdamWLaunch& launch, int64_t chunk) {
   if (t.num_selected_tensor != nullptr && *t.num_selected_tensor < c.num_selected) {
     c.num_selected = *t.num_selected_tensor;
   }
-  c.begin = (chunk - launch.first_chunk[tensor]) * chunk_length(t);
+  const int64_t most = chunk_length(t);
+  c.begin = (chunk - launch.first_chunk[tensor]) * most;
 
   const bool by_list = !t.all_selected() && !c.zero_grad;
   const int64_t end = t.flat() ? t.num_rows * t.row_len : by_list ? c.num_selected : t.num_rows;
-  int64_t length = end - c.begin < chunk_length(t) ? end - c.begin : chunk_length(t);
+  int64_t length = end - c.begin < most ? end - c.begin : most;
   if (length < 0) length = 0;  // fewer rows are selected now than there is room for
   c.num_rows = t.flat() ? 1 : static_cast<int>(length);
   const int row_len = static_cast<int>(t.flat() ? length : t.row_len);
+  const bool all_halves = dtype_size(t.param_dtype) == 2 && dtype_size(t.grad_dtype) == 2 &&
+                          dtype_size(t.moment_dtype) == 2 && t.master == nullptr;
+  c.vector = all_halves && (t.flat() || row_len % (2 * kQuad) == 0) ? 2 * kQuad : kQuad;
   const bool aligned = is_aligned(t.param) && is_aligned(t.master) && is_aligned(c.grad) && is_aligned(t.exp_avg) &&
                        is_aligned(t.exp_avg_sq) && is_aligned(t.max_exp_avg_sq);
-  c.vectors = aligned && (t.flat() || row_len % kVector == 0) ? row_len / kVector : 0;
-  c.rest = row_len - c.vectors * kVector;
-  return c;
+  c.vectors = aligned && (t.flat() || row_len % c.vector == 0) ? row_len / c.vector : 0;
+  c.rest = row_len - c.vectors * c.vector;
 }
 
 // Row number `i` of the chunk; it grows older here, by the one thread that asks for it.
@@ -279,47 +311,48 @@ __device__ Row make_row(const AdamWLaunch& launch, const Chunk& c, int i) {
   return row;
 }
 
-__device__ void update_chunk(const AdamWLaunch& launch, int64_t chunk) {
-  __shared__ Chunk shared;
-  __shared__ Row rows[kChunkRows];
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) shared = make_chunk(launch, chunk);
-  __syncthreads();
-  const Chunk& c = shared;
-  if (thread < c.num_rows) rows[thread] = make_row(launch, c, thread);
-  __syncthreads();
-
+__device__ __forceinline__ void update_chunk(const Chunk& c, const Row* rows, int thread) {
   for (int i = thread; i < c.num_rows * c.vectors; i += kThreads) {
-    const int r = i / c.vectors;
-    const int64_t column = (i - r * c.vectors) * int64_t{kVector};
-    if (rows[r].valid) update_vector(c, rows[r], rows[r].at + column, rows[r].state_at + column);
+    const Row& row = rows[i / c.vectors];
+    const int64_t column = int64_t{i % c.vectors} * c.vector;
+    if (!row.valid) continue;
+    if (c.vector == kQuad) {
+      update_vector<kQuad>(c, row, row.at + column, row.state_at + column);
+    } else {
+      update_vector<2 * kQuad>(c, row, row.at + column, row.state_at + column);
+    }
   }
   for (int i = thread; i < c.num_rows * c.rest; i += kThreads) {
-    const int r = i / c.rest;
-    const int64_t column = c.vectors * int64_t{kVector} + (i - r * c.rest);
-    if (rows[r].valid) update_one(c, rows[r], rows[r].at + column, rows[r].state_at + column);
+    const Row& row = rows[i / c.rest];
+    const int64_t column = int64_t{c.vectors} * c.vector + i % c.rest;
+    if (row.valid) update_one(c, row, row.at + column, row.state_at + column);
   }
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     masked_adamw(const __grid_constant__ AdamWLaunch launch) {
   if (launch.found_inf != nullptr && *launch.found_inf != 0.0f) return;
-  if (blockIdx.x < launch.first_chunk[launch.num_tensors]) update_chunk(launch, blockIdx.x);
-
-  // Every block reads the steps; the last one to finish counts them.
+  __shared__ Chunk chunk;
+  __shared__ Row rows[kChunkRows];
   __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    make_chunk(launch, blockIdx.x, chunk);
+    // Every block has read its step by now, or will not be the last to say so.
     __threadfence();
     last = atomicAdd(launch.blocks_done, 1u) == gridDim.x - 1;
   }
   __syncthreads();
-  if (!last) return;
-  for (int i = static_cast<int>(threadIdx.x); i < launch.num_tensors; i += kThreads) {
-    float* step = launch.tensors[i].step;
-    if (step != nullptr) *step += 1.0f;
+  if (thread < chunk.num_rows) rows[thread] = make_row(launch, chunk, thread);
+  if (last) {
+    for (int i = thread; i < launch.num_tensors; i += kThreads) {
+      float* step = launch.tensors[i].step;
+      if (step != nullptr) *step += 1.0f;
+    }
+    if (thread == 0) *launch.blocks_done = 0;
   }
-  if (threadIdx.x == 0) *launch.blocks_done = 0;
+  __syncthreads();
+  update_chunk(chunk, rows, thread);
 }
 
 std::string message(cudaError_t error) {
@@ -357,7 +390,8 @@ std::string explain(cudaError_t error, int device) {
 
 }  // namespace
 
-void masked_adamw_cuda(const AdamWLaunch& launch, int64_t num_chunks, int device, uintptr_t stream) {
+void masked_adamw_cuda(const AdamWLaunch& launch, int device, uintptr_t stream) {
+  const int64_t num_chunks = launch.num_chunks;
   if (num_chunks > INT32_MAX) throw std::runtime_error("too many elements for one launch");
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
@@ -366,6 +400,7 @@ void masked_adamw_cuda(const AdamWLaunch& launch, int64_t num_chunks, int device
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) {
+    cudaGetLastError();  // it is told here, and the next call must not meet it
     throw std::runtime_error("longact's CUDA kernel cannot run on device " + std::to_string(device) + ": " +
                              explain(error, device));
   }
@@ -377,7 +412,7 @@ std::string cuda_unusable(int device) {
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, masked_adamw);
-  cudaGetLastError();  // the error was told; the next call must not meet it
+  cudaGetLastError();  // as above
   return error == cudaSuccess ? "" : explain(error, device);
 }
 

@@ -6,7 +6,6 @@ native module, or the reason for its absence.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["DTYPE_CODES", "adamw_backend", "backends", "native", "native_error"]
+__all__ = ["DTYPE_CODES", "adamw_backend", "backends", "is_capturing", "native", "native_error"]
 
 #: Storage types of the native core (csrc/dtypes.h).
 DTYPE_CODES: dict[torch.dtype, int] = {
@@ -87,16 +86,27 @@ def _why_not_native_cuda(index: int) -> str | None:
     return reason or None
 
 
-@functools.cache
+def is_capturing() -> bool:
+    """Whether the current CUDA stream records a graph: what runs now runs at each replay."""
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
+
+
+_native_devices: set[torch.device] = set()
+
+
 def adamw_backend(device: torch.device) -> tuple[str, str]:
     """What `masked_adamw_` runs on there: "native", "triton" or "reference"; and why, or what."""
     if device.type == "cpu":
         return _ON_CPU
     why = None
     if device.type == "cuda":
-        why = _why_not_native_cuda(device.index or 0)
+        # A failure is looked at anew: it may pass, as a lack of memory does.
+        if device not in _native_devices:
+            why = _why_not_native_cuda(device.index or 0)
         if why is None:
             assert native is not None
+            _native_devices.add(device)
             return "native", native.cuda
     if device.type in ("cuda", "xpu"):
         if importlib.util.find_spec("triton") is not None:

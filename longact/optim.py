@@ -10,8 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from longact.backends import native, native_error
-from longact.kernels.masked_adamw import AdamWGroup, NativeTable, ParamUpdate, dispatch
+from longact.backends import is_capturing, native, native_error
+from longact.kernels.masked_adamw import (
+    STEP_BEFORE_CAPTURE,
+    AdamWGroup,
+    NativeTable,
+    ParamUpdate,
+    dispatch,
+)
 from longact.rows import check_rows
 from longact.selection import Selection, after_step, before_step, selection_of, set_rows
 
@@ -51,8 +57,9 @@ class FusedMaskedAdam(Optimizer):
         foreach, fused: accepted and without effect: there is one implementation, which is fused.
         capturable: `step()` can be captured into a CUDA graph. An lr tensor on the GPU is read at
             each replay, and so are the selected rows: :func:`longact.set_rows` between two replays
-            takes effect without a new capture. Run `step()` once before the capture. Not with
-            `state="compact"`, whose moments move when the selection changes.
+            takes effect without a new capture (of a parameter that had a selection when it was
+            captured). Run `step()` before each capture, and capture again after load_state_dict.
+            Not with `state="compact"`, whose moments move when the selection changes.
         differentiable: not supported, True is refused.
         inactive: `"freeze"` (default): unselected rows keep every bit of weight, moments and age.
             `"zero_grad"`: they are updated with a gradient of zero (weight decay and momentum go
@@ -213,7 +220,6 @@ class FusedMaskedAdam(Optimizer):
             return loss
         before_step(selections)
         undo: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        updates = self._prepare(pairs, undo)
         groups = [
             AdamWGroup(
                 group["lr"],
@@ -229,7 +235,7 @@ class FusedMaskedAdam(Optimizer):
         ]
         try:
             dispatch(
-                updates,
+                self._prepare(pairs, undo),
                 groups,
                 1.0 if grad_scale is None else grad_scale,
                 found_inf,
@@ -295,6 +301,7 @@ class FusedMaskedAdam(Optimizer):
             (group, group["amsgrad"], group["inactive"] == "freeze", group["capturable"])
             for group in self.param_groups
         ]
+        capturing = is_capturing()
         for param, grad, selection, position, index in pairs:
             group, amsgrad, freeze, capturable = options[index]
             state = states[param]
@@ -303,6 +310,10 @@ class FusedMaskedAdam(Optimizer):
                 assert selection is not None
                 rows = rows.to(param.device)
                 selection.choose(rows)
+            if capturable and selection is not None and not param.is_cpu:
+                if capturing and not selection.has_buffer(param):
+                    raise RuntimeError(STEP_BEFORE_CAPTURE)
+                rows = selection.buffer_for(param)
             if (
                 not state
                 or (compact and state.get("moment_rows") is not rows)
@@ -310,11 +321,10 @@ class FusedMaskedAdam(Optimizer):
                 or (amsgrad and "max_exp_avg_sq" not in state)
                 or (masters and "master" not in state and param.dtype in _HALF)
             ):
+                if capturing and not param.is_cpu:  # replays would make it anew
+                    raise RuntimeError(STEP_BEFORE_CAPTURE)
                 undo.append((state, dict(state)))
                 self._fit_state(param, state, rows, group)
-            if capturable and rows is not None and not param.is_cpu:
-                assert selection is not None
-                rows = selection.buffer_for(param)
             update = (
                 param, grad, state["exp_avg"], state["exp_avg_sq"],
                 state["max_exp_avg_sq"] if amsgrad else None,
@@ -481,7 +491,8 @@ class FusedMaskedAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables = {}
+        # A loaded state keeps the tables: graphs that were captured read what they hold.
+        self.__dict__.setdefault("_tables", {})
         for param, entry in self.state.items():
             if isinstance(entry, _Verbatim):
                 self.state[param] = entry.state

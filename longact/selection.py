@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longact.backends import is_capturing
 from longact.kernels.channel_magnitude import channel_magnitude
 from longact.kernels.topk_rows import topk_rows
 from longact.rows import check_rows
@@ -96,11 +97,18 @@ class Selection:
         if self.buffer is not None:
             self._fill_buffer()
 
-    def buffer_for(self, param: Tensor) -> Tensor:
-        """The rows in a place that stays, for captured steps; they may not be None."""
-        size = param.shape[0] + 1
+    def has_buffer(self, param: Tensor) -> bool:
         buffer = self.buffer
-        if buffer is None or buffer.device != param.device or buffer.numel() != size:
+        return (
+            buffer is not None
+            and buffer.device == param.device
+            and buffer.numel() == param.shape[0] + 1
+        )
+
+    def buffer_for(self, param: Tensor) -> Tensor:
+        """The rows in a place that stays, for captured steps."""
+        if not self.has_buffer(param):
+            size = param.shape[0] + 1
             self.buffer = torch.zeros(size, dtype=torch.int32, device=param.device)
             self._fill_buffer()
         assert self.buffer is not None
@@ -314,7 +322,7 @@ class _Report:
 def _choose_remotely(counted: list[tuple[Selection, Tensor, Tensor]]) -> None:
     """The same choice on the selections' device, where it decides by itself what is usable."""
     by_device: dict[torch.device, list[tuple[Selection, Tensor]]] = {}
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    capturing = is_capturing()
     for selection, total, tokens in counted:
         assert selection.config is not None
         # A captured step has no events and no pinned memory.
@@ -324,6 +332,9 @@ def _choose_remotely(counted: list[tuple[Selection, Tensor, Tensor]]) -> None:
         magnitude = _magnitude(selection.config, total, tokens)
         rows, finite = _top_rows(selection, magnitude), torch.isfinite(magnitude).all()
         old = selection.rows
+        if old is not None and selection.buffer is not None:
+            # It stays where it is: a replay must not read rows that are freed by then.
+            old = selection.buffer[1 : 1 + old.numel()]
         if old is None or old.shape != rows.shape:  # chosen by hand: read once
             if bool((finite & (tokens > 0)).all()):
                 selection.choose(rows)
@@ -403,12 +414,27 @@ def _choose(selection: Selection, rows: Tensor) -> None:
         selection.choose(rows)
 
 
+def _check_capturable(selection: Selection) -> None:
+    config = selection.config
+    assert config is not None
+    if config.refresh_every not in (0, 1) or config.scope == "model" or selection.rows is None:
+        raise RuntimeError(
+            f"{selection.name}: a captured step selects at every replay or never: use "
+            "refresh_every=1 or 0 with scope='layer' or 'head', and call step() before the "
+            f"capture (refresh_every={config.refresh_every!r}, scope={config.scope!r}, "
+            f"{'no' if selection.rows is None else 'with'} rows)"
+        )
+
+
 def before_step(selections: Iterable[Selection]) -> None:
     """The step boundary, before the update: the first selection, or the union of the forwards'."""
     first, by_forward = [], []
+    capturing = is_capturing()
     for selection in selections:
         if selection.config is None:
             continue
+        if capturing:
+            _check_capturable(selection)
         if selection.config.refresh_every == "forward":
             by_forward.append(selection)
         elif selection.rows is None:

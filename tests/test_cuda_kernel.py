@@ -312,6 +312,87 @@ def test_a_selection_keeps_its_buffer_and_fills_it() -> None:
 
 # ---- capture -------------------------------------------------------------------------------------
 
+NEW_IN_CAPTURE = r"makes something that it has not made before: call step\(\)"
+
+
+def test_a_capture_makes_no_state_and_no_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays would make them anew, zeros and all."""
+
+    def optimizer_of(param: torch.nn.Parameter) -> longact.FusedMaskedAdam:
+        param.grad = torch.zeros_like(param)
+        return longact.FusedMaskedAdam([param], capturable=True)
+
+    monkeypatch.setattr(longact.optim, "is_capturing", lambda: True)
+    param = torch.nn.Parameter(torch.zeros(4, 3, device="meta"))
+    optimizer = optimizer_of(param)
+    with pytest.raises(RuntimeError, match=NEW_IN_CAPTURE):
+        optimizer.step()
+    assert optimizer.state[param] == {}
+    selection = longact.selection.Selection(rows=torch.tensor([1], dtype=INT32, device="meta"))
+    longact.selection.attach(param, selection)
+    with pytest.raises(RuntimeError, match=NEW_IN_CAPTURE):
+        optimizer.step()
+    assert selection.buffer is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refresh_every": 2}, "refresh_every=2, scope='layer', with rows"),
+        ({"refresh_every": "forward"}, "refresh_every='forward'"),
+        ({"scope": "model"}, "scope='model'"),
+        ({}, "no rows"),
+    ],
+)
+def test_a_capture_of_what_the_host_counts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
+) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    longact.apply(layer, targets=["0"], **options)
+    selection = layer[0].selection
+    selection.rows = None if message == "no rows" else torch.tensor([1], dtype=INT32)
+    monkeypatch.setattr(longact.selection, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=message):
+        longact.selection.before_step([selection])
+
+
+def test_a_refresh_falls_back_to_rows_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured, it reads at each replay what the buffer holds then, not the rows of the capture."""
+    monkeypatch.setattr(longact.selection, "_is_remote", lambda tensor: True)
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    longact.apply(layer, 0.25, targets=["0"])
+    selection, weight = layer[0].selection, layer[0].weight
+    longact.set_rows(weight, [0, 1])
+    buffer = selection.buffer_for(weight)
+    buffer[1:3] = torch.tensor([5, 7])
+    selection.magnitude = torch.full((8,), math.nan)
+    selection.tokens = torch.tensor(3)
+    longact.selection.refresh([selection], wait=False)
+    assert selection.rows.tolist() == [5, 7]
+    assert buffer[:3].tolist() == [2, 5, 7]
+
+
+def test_an_interrupted_upload_is_made_up_for(
+    table: CudaTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next step would run on gradients that are freed by then."""
+    cases = make_cases(torch.float32, torch.float32, "random", "freeze", [(63, 65), (4097,)])
+    run(cases, make_groups(), 1, table=table)
+    old = cases[0].grad
+    cases[0].grad = guarded(old.tensor.clone())
+    old.buffer.fill_(1e9)
+
+    def interrupted(size: int) -> Tensor:
+        raise KeyboardInterrupt
+
+    before = [case.snapshot() for case in cases]
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_staging", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            table.update([case.update for case in cases], make_groups())
+    assert untouched(cases, before)
+    run(cases, make_groups(), 2, table=table)
+
 
 def test_a_captured_step_has_a_table_of_its_own(
     table: CudaTable, monkeypatch: pytest.MonkeyPatch
@@ -336,8 +417,11 @@ def test_a_captured_step_has_a_table_of_its_own(
         assert launched == [memory.data_ptr()]
         assert memory is not before
         assert torch.equal(memory, spare)  # what a replay copies again
-        with pytest.raises(RuntimeError, match=r"before it ran once outside .* call step\(\)"):
+        with pytest.raises(RuntimeError, match=NEW_IN_CAPTURE):
             table.run(groups, 1.0, None)
+        lr = [group._replace(lr=torch.tensor(0.1)) for group in groups]
+        with pytest.raises(RuntimeError, match="lr is a tensor on the CPU"):
+            table.run(lr, 1.0, None)
     run(cases, groups, 2, table=table)
     assert table._memory is not memory
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longact.backends import DTYPE_CODES, adamw_backend, native
+from longact.backends import DTYPE_CODES, adamw_backend, is_capturing, native
 from longact.kernels.rounding import stochastic_round
 from longact.rows import check_rows
 
@@ -31,6 +31,12 @@ ParamUpdate = tuple[
 
 
 _CPU = torch.device("cpu")
+
+STEP_BEFORE_CAPTURE = (
+    "step() is captured into a CUDA graph and makes something that it has not made before: call "
+    "step() with the same parameters and selections before each capture, as in PyTorch's recipe "
+    "(warm-up on a side stream)"
+)
 
 
 class AdamWGroup(NamedTuple):
@@ -58,6 +64,7 @@ def reference(update: ParamUpdate, group: AdamWGroup, grad_scale: float | Tensor
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     step.add_(1)
     lr = group.lr.reshape(()) if isinstance(group.lr, Tensor) else group.lr
+    grad_scale = grad_scale.reshape(()) if isinstance(grad_scale, Tensor) else grad_scale
     if rows is not None and is_row_buffer(rows, param):
         rows = rows[1 : 1 + int(rows[0])]
     rows = None if rows is None else rows.long()  # index_copy_ wants int64
@@ -143,7 +150,9 @@ def native_supports(update: ParamUpdate, device_type: str, on_gpu: bool) -> bool
         and all(t is None or t.is_contiguous() for t in others)
         and all(dtype in DTYPE_CODES for dtype in dtypes)
         # fp64 is for the CPU, a buffer of rows for the GPU, which counts in 32 bits inside a row.
-        and not (on_gpu and (torch.float64 in dtypes or math.prod(param.shape[1:]) >= 2**31))
+        and not (
+            on_gpu and (torch.float64 in dtypes or math.prod(param.shape[1:]) >= 2**31 - 2**10)
+        )
         and (on_gpu or rows is None or not is_row_buffer(rows, param))
     )
 
@@ -309,6 +318,8 @@ class CudaTable(NativeTable):
 
     def __init__(self, device: torch.device, *, module: ModuleType | None = native) -> None:
         super().__init__(module=module)
+        if device.type == "cuda" and is_capturing():  # its zeros would be written by replays alone
+            raise RuntimeError(STEP_BEFORE_CAPTURE)
         self._device = device
         self.device_type = device.type  # the tests run this class on the CPU
         self._is_cuda = device.type == "cuda"
@@ -323,20 +334,30 @@ class CudaTable(NativeTable):
         grad_scale: float | Tensor,
         found_inf: Tensor | None,
     ) -> None:
+        capturing = self._capturing()
+        if capturing and any(isinstance(g.lr, Tensor) and g.lr.is_cpu for g in groups):
+            raise RuntimeError(
+                "lr is a tensor on the CPU, whose value a captured step would keep forever: use a "
+                "tensor on the GPU, or a float"
+            )
         lrs = [self._scalar(group.lr) for group in groups]
         native_groups = [
             _native_group(group, 0.0 if isinstance(lr, Tensor) else lr, lr)
             for group, lr in zip(groups, lrs, strict=True)
         ]
-        changed = self._table.pack(self._grads, native_groups)
-        capturing = self._capturing()
-        memory = self._captured_memory() if capturing else self._uploaded(changed)
         unscaled = not isinstance(grad_scale, Tensor) and grad_scale == 1.0
         scale = None if unscaled else self._tensor(grad_scale)
         skip = None if found_inf is None else self._tensor(found_inf)
-        self._launch(memory, scale, skip)
+        # An interrupted upload must not be taken for done: no memory, no table.
+        memory, self._memory = self._memory, None
+        changed = self._table.pack(self._grads, native_groups)
         if capturing:
+            self._launch(self._captured_memory(), scale, skip)
             self._captured += [t for t in (*lrs, scale, skip) if isinstance(t, Tensor)]
+        else:
+            memory = self._uploaded(memory, changed)
+            self._launch(memory, scale, skip)
+            self._memory = memory
         # Freed memory is reused in the order of the stream: nothing needs to be kept.
         self._copies = []
 
@@ -354,7 +375,10 @@ class CudaTable(NativeTable):
             self._table.launch(*addresses, index, stream)
 
     def _capturing(self) -> bool:
-        return self._is_cuda and torch.cuda.is_current_stream_capturing()
+        if not self._is_cuda:
+            return False
+        with torch.cuda.device(self._device):
+            return is_capturing()
 
     def _scalar(self, lr: float | Tensor) -> float | Tensor:
         """A tensor on the GPU is read there, in fp32; one on the CPU here."""
@@ -368,34 +392,30 @@ class CudaTable(NativeTable):
             return value.to(self._device, torch.float32, non_blocking=True)
         return torch.full((), value, dtype=torch.float32, device=self._device)
 
-    def _uploaded(self, changed: int) -> Tensor:
+    def _uploaded(self, memory: Tensor | None, changed: int) -> Tensor:
         size = self._table.packed_size
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
             changed = size
         if changed:
             # torch keeps pinned memory until the copy has read it.
             staging = self._staging(changed)
             self._table.write(staging.data_ptr(), changed)
-            self._memory[:changed].copy_(staging, non_blocking=True)
+            memory[:changed].copy_(staging, non_blocking=True)
         if self._spare is None or self._spare.numel() < size:
             self._spare = self._staging(size)
-        return self._memory
+        return memory
 
     def _captured_memory(self) -> Tensor:
+        """Nothing is uploaded by a capture: the next step outside of it starts anew."""
         size = self._table.packed_size
         spare, self._spare = self._spare, None
         if spare is None or spare.numel() < size:
-            raise RuntimeError(
-                "step() is captured into a CUDA graph before it ran once outside of one: call "
-                "step() before each capture, as in PyTorch's recipe (warm-up on a side stream)"
-            )
+            raise RuntimeError(STEP_BEFORE_CAPTURE)
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._table.write(spare.data_ptr(), size)
         memory.copy_(spare[:size], non_blocking=True)
         self._captured += [memory, spare]
-        # Nothing has been uploaded by a capture: the next step outside starts anew.
-        self._memory = None
         return memory
 
     def _staging(self, size: int) -> Tensor:
@@ -546,6 +566,8 @@ def _updates(
 @torch.library.custom_op(
     "longact::masked_adamw_",
     mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "ages"),
+    # Its table is made anew at each call.
+    tags=tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None),
 )
 def _op(
     params: Sequence[Tensor],
