@@ -122,6 +122,11 @@ def test_accesses_are_of_16_bytes_and_in_flight_together(code: dict[str, list[st
         for loop in (loads[:5], loads[5:]):
             first_use = next(i for i in where(r"\bFMUL\b") if i > loop[0])
             assert loop[3] < first_use < loop[4], f"{arch}: p, g, m, v are not loaded together"
+        # A block has read its step before it counts itself.
+        fence, count = where(r"\bMEMBAR\b"), where(r"\bATOMG\b.*\bADD\b|\bATOMG\.E\.ADD")
+        assert len(fence) == len(count) == 1, arch
+        assert fence[0] < count[0], arch
+        assert len(where(r"\bBAR\.SYNC")) == 2, arch
         # Streaming: one step's data does not push out what other kernels keep in the cache.
         assert all(".EF" in instructions[i] for i in (*loads, *stores)), arch
 

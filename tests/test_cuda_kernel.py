@@ -228,34 +228,6 @@ def test_lr_and_scale_are_read_where_they_are(table: CudaTable, dtype: torch.dty
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        [3, 1, 5],
-        [1, 1, 4],
-        [2, 9, 4],
-        [-1, 3, 4],
-        [-5, -3, 2],
-        [4, 2**31 - 1, 5],
-    ],
-)
-def test_rows_that_do_not_fit_are_left_alone(table: CudaTable, bad: list[int]) -> None:
-    """Overwritten in place after they were checked: nothing may be written out of bounds."""
-    case = Case((6, 8), rows=torch.tensor([1, 3, 4], dtype=INT32))
-    case.new_grad()
-    case.grad.tensor.nan_to_num_(nan=1.0)
-    table.prepare([case.update], make_groups())
-    case.rows.copy_(torch.tensor(bad))
-    table.run(make_groups(), 1.0, None)
-    case.check_guards("bad rows")
-    previous, valid = -(2**31), []
-    for row in bad:
-        if 0 <= row < 6 and previous < row:
-            valid.append(row)
-        previous = row
-    assert case.ages.tensor.nonzero().flatten().tolist() == sorted(set(valid))
-
-
 @pytest.mark.parametrize("zero_grad", [False, True])
 def test_a_buffer_of_rows_changes_between_launches(table: CudaTable, zero_grad: bool) -> None:
     """As a captured step reads it: same addresses, other rows and another number of them."""

@@ -351,6 +351,7 @@ OPTIONS: list[dict[str, object]] = [
     {"amsgrad": True},
     {"master": True},
     {"moment_dtype": torch.bfloat16},
+    {"moment_dtype": torch.bfloat16, "amsgrad": True},
     {"moment_dtype": torch.bfloat16, "master": True, "amsgrad": True},
 ]
 

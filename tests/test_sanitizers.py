@@ -54,7 +54,8 @@ def run(module: Path, *args: str) -> subprocess.CompletedProcess[str]:
 def test_kernel_tests_pass_under_sanitizers(sanitized_build: Path) -> None:
     done = run(
         sanitized_build, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-        "tests/test_masked_adamw.py", "tests/test_cuda_kernel.py", "tests/test_ops.py",
+        "tests/test_masked_adamw.py", "tests/test_cuda_kernel.py",
+        "tests/test_native_corners.py", "tests/test_ops.py",
         "-m", "not slow", "-k", "not compile",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

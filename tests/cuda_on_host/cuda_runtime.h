@@ -45,7 +45,12 @@ using cudaStream_t = void*;
 namespace cuda_on_host {
 
 inline dim3 thread_index, block_index, grid_size;
-inline int64_t bytes_loaded = 0, bytes_stored = 0;
+inline int64_t bytes_loaded = 0, bytes_stored = 0, accesses = 0;
+// A step that may change as soon as a block has said that it is done with it: other blocks may all have
+// come to their end by then, and the last one counts. Spoilt from there to the end of the block.
+inline float* watched = nullptr;
+inline float watched_value = 0.0f;
+inline bool spoilt = false;
 
 // One thread of a block, kept for the next block when its body is done.
 struct Fiber {
@@ -150,17 +155,29 @@ inline void launch(unsigned grid, unsigned block, const std::function<void()>& k
   for (unsigned i = 0; i < grid; ++i) {
     block_index.x = i;
     run_block(fibers, (launches + i) % 2 == 0);
+    if (spoilt) *watched = watched_value;
+    spoilt = false;
   }
+}
+
+// A GPU faults there; the CPU that plays it only with some instructions.
+template <typename T>
+void aligned(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) fail("misaligned access");
 }
 
 template <typename T>
 T load(const T* from) {
+  aligned(from);
   bytes_loaded += static_cast<int64_t>(sizeof(T));
+  ++accesses;
   return *from;
 }
 template <typename T>
 void store(T* to, T value) {
+  aligned(to);
   bytes_stored += static_cast<int64_t>(sizeof(T));
+  ++accesses;
   *to = value;
 }
 
@@ -173,6 +190,17 @@ extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_on_h
   return bytes;
 }
 
+// The same for the number of accesses.
+extern "C" __attribute__((used, visibility("default"))) inline int64_t cuda_on_host_accesses() {
+  const int64_t accesses = cuda_on_host::accesses;
+  cuda_on_host::accesses = 0;
+  return accesses;
+}
+
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_on_host_watch(float* step) {
+  cuda_on_host::watched = step;
+}
+
 #define threadIdx cuda_on_host::thread_index
 #define blockIdx cuda_on_host::block_index
 #define gridDim cuda_on_host::grid_size
@@ -183,6 +211,11 @@ inline void __threadfence() {}
 inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
   const uint32_t old = *address;
   *address += value;
+  if (cuda_on_host::watched != nullptr && old + value < gridDim.x) {
+    cuda_on_host::watched_value = *cuda_on_host::watched;
+    *cuda_on_host::watched = 1e6f;
+    cuda_on_host::spoilt = true;
+  }
   return old;
 }
 
