@@ -90,7 +90,8 @@ void store(DType dtype, const float* __restrict from, void* to, int64_t n) {
   }
 }
 
-void store_stochastic(const RandomKey& key, int64_t first, const float* __restrict from, void* to, int64_t n) {
+void store_stochastic(const RandomKey& key, int64_t first, const float* __restrict from, void* to,
+                      int64_t n) {
   uint16_t* __restrict bits = static_cast<uint16_t*>(to);
   for (int64_t i = 0; i < n;) {
     const RandomBits random = random_bits(key, static_cast<uint64_t>(first + i) / kRandomGroup);

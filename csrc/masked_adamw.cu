@@ -115,7 +115,8 @@ __device__ __forceinline__ void pack_halves(const float (&x)[kQuad], int quad, u
 template <int kVector>
 __device__ __forceinline__ void pack(const float (&x)[kQuad], DType dtype, int quad, uint4& bits) {
   if (is_wide<kVector>(dtype)) {
-    bits = {bit_cast<uint32_t>(x[0]), bit_cast<uint32_t>(x[1]), bit_cast<uint32_t>(x[2]), bit_cast<uint32_t>(x[3])};
+    bits = {bit_cast<uint32_t>(x[0]), bit_cast<uint32_t>(x[1]), bit_cast<uint32_t>(x[2]),
+            bit_cast<uint32_t>(x[3])};
   } else if (dtype == DType::kBFloat16) {
     pack_halves(x, quad, bits, [](float value, int) { return float_to_bfloat16(value); });
   } else {
@@ -140,13 +141,15 @@ __device__ __forceinline__ void store_one(void* base, DType dtype, int64_t at, f
 
 // The vector at `at` of the parameter and `state_at` of the moments; all aligned.
 template <int kVector>
-__device__ __forceinline__ void update_vector(const Chunk& chunk, const Row& row, int64_t at, int64_t state_at) {
+__device__ __forceinline__ void update_vector(const Chunk& chunk, const Row& row, int64_t at,
+                                              int64_t state_at) {
   const AdamWTensor& t = chunk.t;
   const AdamWCoefficients<float>& c = row.coefficients;
   const bool has_master = kVector == kQuad && t.master != nullptr;
   const DType source_dtype = has_master ? DType::kFloat32 : t.param_dtype;
   // All loads before the first use, so that they are in flight together.
-  uint4 p_bits = load_vector<kVector>(has_master ? t.master : t.param, source_dtype, has_master ? state_at : at);
+  const void* source = has_master ? t.master : t.param;
+  uint4 p_bits = load_vector<kVector>(source, source_dtype, has_master ? state_at : at);
   uint4 g_bits{};
   if (row.has_grad) g_bits = load_vector<kVector>(chunk.grad, t.grad_dtype, at);
   uint4 m_bits = load_vector<kVector>(t.exp_avg, t.moment_dtype, state_at);
@@ -178,15 +181,18 @@ __device__ __forceinline__ void update_vector(const Chunk& chunk, const Row& row
     if (chunk.stochastic) {
       const RandomBits random = random_bits(chunk.random, static_cast<uint64_t>(at) / kRandomGroup);
       const int lane = static_cast<int>(at % kRandomGroup) + quad * kQuad;
-      pack_halves(p, quad, rounded,
-                  [&](float value, int i) { return round_to_bfloat16(value, bits_of_lane(random, lane + i)); });
+      pack_halves(p, quad, rounded, [&](float value, int i) {
+        return round_to_bfloat16(value, bits_of_lane(random, lane + i));
+      });
     } else {
       pack<kVector>(p, t.param_dtype, quad, rounded);
     }
   }
   store_vector<kVector>(t.exp_avg, t.moment_dtype, state_at, m_bits);
   store_vector<kVector>(t.exp_avg_sq, t.moment_dtype, state_at, v_bits);
-  if (t.max_exp_avg_sq != nullptr) store_vector<kVector>(t.max_exp_avg_sq, t.moment_dtype, state_at, vmax_bits);
+  if (t.max_exp_avg_sq != nullptr) {
+    store_vector<kVector>(t.max_exp_avg_sq, t.moment_dtype, state_at, vmax_bits);
+  }
   if (has_master) store_vector<kVector>(t.master, DType::kFloat32, state_at, p_bits);
   store_vector<kVector>(t.param, t.param_dtype, at, rounded);
 }
@@ -274,8 +280,8 @@ __device__ void make_chunk(const AdamWLaunch& launch, int64_t chunk, Chunk& c) {
   const bool all_halves = dtype_size(t.param_dtype) == 2 && dtype_size(t.grad_dtype) == 2 &&
                           dtype_size(t.moment_dtype) == 2 && t.master == nullptr;
   c.vector = all_halves && (t.flat() || row_len % (2 * kQuad) == 0) ? 2 * kQuad : kQuad;
-  const bool aligned = is_aligned(t.param) && is_aligned(t.master) && is_aligned(c.grad) && is_aligned(t.exp_avg) &&
-                       is_aligned(t.exp_avg_sq) && is_aligned(t.max_exp_avg_sq);
+  const bool aligned = is_aligned(t.param) && is_aligned(t.master) && is_aligned(c.grad) &&
+                       is_aligned(t.exp_avg) && is_aligned(t.exp_avg_sq) && is_aligned(t.max_exp_avg_sq);
   c.vectors = aligned && (t.flat() || row_len % c.vector == 0) ? row_len / c.vector : 0;
   c.rest = row_len - c.vectors * c.vector;
 }
@@ -368,8 +374,9 @@ std::string explain(cudaError_t error, int device) {
     case cudaErrorInsufficientDriver: {
       int driver = 0;
       cudaDriverGetVersion(&driver);
-      return (driver == 0 ? std::string("no NVIDIA driver found: ") : "the NVIDIA driver is for CUDA " + version(driver) + ": ") +
-             "longact was built with CUDA " + version(CUDART_VERSION) +
+      const std::string found = driver == 0 ? std::string("no NVIDIA driver found: ")
+                                            : "the NVIDIA driver is for CUDA " + version(driver) + ": ";
+      return found + "longact was built with CUDA " + version(CUDART_VERSION) +
              ", install a driver for it, or build longact with an older toolkit";
     }
     case cudaErrorNoDevice:

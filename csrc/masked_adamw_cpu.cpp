@@ -81,8 +81,8 @@ class SpanUpdater {
   }
 
   bool staged() const {
-    return tensor_.param_dtype != DType::kFloat32 || tensor_.master != nullptr || tensor_.grad_dtype != DType::kFloat32 ||
-           tensor_.moment_dtype != DType::kFloat32;
+    return tensor_.master != nullptr || tensor_.param_dtype != DType::kFloat32 ||
+           tensor_.grad_dtype != DType::kFloat32 || tensor_.moment_dtype != DType::kFloat32;
   }
 
   // The buffer itself where it is fp32 already, else a converted copy of the block.
