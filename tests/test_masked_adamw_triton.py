@@ -1,16 +1,10 @@
 """The Triton masked update: against the reference, in Triton's interpreter or on a GPU, and
 compiled ahead of time for GPUs that are not here.
-
-Interpreted kernels must be imported with TRITON_INTERPRET=1, and other tests import Triton without
-it: where there is no GPU, the tests that run kernels are collected only in a process of their own,
-which `test_kernels_in_the_interpreter` starts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_tools
 from helpers import (
     HALF,
     Case,
@@ -30,6 +25,20 @@ from helpers import (
     pick_rows,
 )
 from torch import Tensor
+from triton_tools import (
+    AMD,
+    DEVICE,
+    INTERPRETED,
+    NVIDIA,
+    assert_no_spills,
+    compile_kernel,
+    compiled,
+    cuobjdump,
+    no_reads_by_the_host,
+    run_in_the_interpreter,
+    target_id,
+    without_kernels,
+)
 
 from longact.backends import DTYPE_CODES, native
 from longact.kernels.masked_adamw import AdamWGroup, NativeTable, ParamUpdate, dispatch
@@ -37,12 +46,8 @@ from longact.kernels.rounding import _philox, stochastic_round
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 masked_adamw_triton = pytest.importorskip("longact.kernels.masked_adamw_triton")
 
-INTERPRETED = not isinstance(masked_adamw_triton._update_kernel, triton.JITFunction)
-DEVICE = "cpu" if INTERPRETED else "cuda"
-KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 # Rows of 8 n elements at aligned addresses are read in vectors, the others element by element.
@@ -67,30 +72,15 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked_adamw_triton, "_BLOCK", 128)
     monkeypatch.setattr(masked_adamw_triton, "_ROWS", 16)
     monkeypatch.setattr(masked_adamw_triton, "_FLAT_ROW", 512)
-    if INTERPRETED:  # compiled kernels do not check integers for overflow either
-        from triton.runtime.interpreter import interpreter_builder
-
-        options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter_builder, "options", options)
 
 
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
-    test.__test__ = KERNELS_RUN  # type: ignore[attr-defined]
-    return pytest.mark.usefixtures(runner.__name__)(test)
+    return pytest.mark.usefixtures(runner.__name__)(triton_tools.runs_kernels(test))
 
 
-@pytest.mark.skipif(KERNELS_RUN, reason="the kernels run in this process")
+@without_kernels
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    assert re.search(r"\b\d{2,} passed", done.stdout), done.stdout
+    run_in_the_interpreter(__file__)
 
 
 def update(
@@ -576,7 +566,7 @@ def test_unselected_rows_cost_no_programs(launches: tuple[Launches, Launches]) -
 
 
 @runs_kernels
-def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_device() -> None:
     """Not for lr, the scale or found_inf, which may be tensors there."""
     rows = torch.tensor([1, 2], dtype=torch.int32)
     updates: list[Any] = [
@@ -585,13 +575,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     groups = make_groups(lr=torch.tensor(0.5, device=DEVICE))
     scale, found_inf = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("read by the host")
-
-    with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__"):
-            patch.setattr(Tensor, name, refuse)
+    with no_reads_by_the_host():
         masked_adamw_triton.update(updates, groups, scale, found_inf)
     assert [u[5].item() for u in updates] == [1.0, 1.0]
 
@@ -643,13 +627,11 @@ def test_supports() -> None:
 
 # ---- compiled for GPUs that are not here ---------------------------------------------------------
 
-compiled = pytest.mark.skipif(INTERPRETED, reason="compiled where the kernels are not interpreted")
-POINTERS = {
+TYPES = {
     "tensors": "*i64", "groups": "*fp64", "firsts": "*i32", "num_tensors": "i32",
     "scalars": "*fp32", "entries": "*i64", "coefficients": "*i64",
 }  # fmt: skip
-NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)]
-AMD = GPUTarget("hip", "gfx942", 64)
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 FP32, BF16 = torch.float32, torch.bfloat16
 COMBINATIONS: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool, bool]] = {
     "fp32": (FP32, FP32, FP32, False, False, False),
@@ -660,50 +642,14 @@ COMBINATIONS: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool,
 }
 
 
-@pytest.fixture
-def compile_(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[[Any, dict[str, Any], GPUTarget, int], Any]:
-    """Compiles a kernel with these constants and warps."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-    def run(kernel: Any, constants: dict[str, Any], target: GPUTarget, num_warps: int = 4) -> Any:
-        names = kernel.arg_names
-        types = {name: POINTERS.get(name, "constexpr") for name in names}
-        values = {(names.index(name),): value for name, value in constants.items()}
-        aligned = [["tt.divisibility", 16]]
-        attributes = {(i,): aligned for i, name in enumerate(names) if types[name][0] == "*"}
-        options = {"num_warps": num_warps, "enable_fp_fusion": False}
-        source = triton.compiler.ASTSource(kernel, types, values, attributes)
-        return triton.compile(source, target=target, options=options)
-
-    return run
-
-
-def cuobjdump(option: str, kernel: Any, folder: Path) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this Triton comes without cuobjdump")
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    return subprocess.run([tool, option, cubin], check=True, capture_output=True, text=True).stdout
-
-
-def assert_no_spills(kernel: Any, folder: Path) -> None:
-    usage = cuobjdump("-res-usage", kernel, folder)
-    assert re.search(r"STACK:0\b", usage), usage
-    assert re.search(r"LOCAL:0\b", usage), usage
-
-
 @compiled
 @pytest.mark.parametrize("vector", [8, 1])
-@pytest.mark.parametrize("target", NVIDIA, ids=lambda target: f"sm_{target.arch}")
+@pytest.mark.parametrize("target", NVIDIA, ids=target_id)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_update_kernel_compiles_for_nvidia(
     name: str,
-    target: GPUTarget,
+    target: Any,
     vector: int,
-    compile_: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     param, grad, moment, master, amsgrad, stochastic = COMBINATIONS[name]
@@ -713,7 +659,9 @@ def test_update_kernel_compiles_for_nvidia(
         "MASTER": master, "AMSGRAD": amsgrad, "STOCHASTIC": stochastic, "VECTOR": vector,
         "BLOCK": module._BLOCK, "CHUNK": module._CHUNK,
     }  # fmt: skip
-    kernel = compile_(module._update_kernel, constants, target, 8)
+    kernel = compile_kernel(
+        module._update_kernel, TYPES, constants, target, tmp_path, **OPTIONS | {"num_warps": 8}
+    )
     assert_no_spills(kernel, tmp_path)
     sass = cuobjdump("-sass", kernel, tmp_path)
     # Multiplication and addition apart, division and square root rounded to nearest.
@@ -733,19 +681,18 @@ def test_update_kernel_compiles_for_nvidia(
 
 
 @compiled
-@pytest.mark.parametrize("target", NVIDIA, ids=lambda target: f"sm_{target.arch}")
-def test_prepare_kernel_compiles_for_nvidia(
-    target: GPUTarget, compile_: Callable[..., Any], tmp_path: Path
-) -> None:
-    kernel = compile_(
-        masked_adamw_triton._prepare_kernel, {"ROWS": masked_adamw_triton._ROWS}, target
+@pytest.mark.parametrize("target", NVIDIA, ids=target_id)
+def test_prepare_kernel_compiles_for_nvidia(target: Any, tmp_path: Path) -> None:
+    constants = {"ROWS": masked_adamw_triton._ROWS}
+    kernel = compile_kernel(
+        masked_adamw_triton._prepare_kernel, TYPES, constants, target, tmp_path, **OPTIONS
     )
     assert_no_spills(kernel, tmp_path)
 
 
 @compiled
 @pytest.mark.parametrize("name", ["fp32", "stochastic"])
-def test_kernels_compile_for_amd(name: str, compile_: Callable[..., Any]) -> None:
+def test_kernels_compile_for_amd(name: str, tmp_path: Path) -> None:
     param, grad, moment, master, amsgrad, stochastic = COMBINATIONS[name]
     module = masked_adamw_triton
     constants = {
@@ -753,10 +700,11 @@ def test_kernels_compile_for_amd(name: str, compile_: Callable[..., Any]) -> Non
         "MASTER": master, "AMSGRAD": amsgrad, "STOCHASTIC": stochastic, "VECTOR": 8,
         "BLOCK": module._BLOCK, "CHUNK": module._CHUNK,
     }  # fmt: skip
+    rows = {"ROWS": module._ROWS}
     try:
         kernels = [
-            compile_(module._update_kernel, constants, AMD),
-            compile_(module._prepare_kernel, {"ROWS": module._ROWS}, AMD),
+            compile_kernel(module._update_kernel, TYPES, constants, AMD, tmp_path, **OPTIONS),
+            compile_kernel(module._prepare_kernel, TYPES, rows, AMD, tmp_path, **OPTIONS),
         ]
     except Exception as error:
         if "TRITON_HIP_LLD_PATH" not in str(error):

@@ -1,0 +1,48 @@
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+"""What the Triton kernels of several ops share.
+
+Imports Triton: import this module only where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+#: Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1, for tests).
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def to_fp32(value):
+    """Exact. The interpreter's own conversion of bf16 is not (triton 4972)."""
+    if _INTERPRETED and value.dtype == tl.bfloat16:
+        bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
+        return (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def from_fp32(value, dtype: tl.constexpr):
+    """Rounded to nearest even, which the interpreter's own conversion to bf16 is not."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        rounded = (bits.to(tl.uint64) + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        rounded = tl.where(is_nan, 0x7FC0, rounded).to(tl.uint16)
+        return rounded.to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def dot_operand(value):
+    """As the matrix unit takes it; the interpreter multiplies bf16 wrongly."""
+    if _INTERPRETED:
+        return to_fp32(value)
+    else:
+        return value

@@ -1,0 +1,145 @@
+"""What the tests of Triton kernels share: running them in Triton's interpreter or on a GPU, and
+compiling them ahead of time for GPUs that are not here.
+
+Interpreted kernels must be imported with TRITON_INTERPRET=1, and other tests import Triton without
+it: where there is no GPU, the tests that run kernels (`@runs_kernels`) are collected only in a
+process of their own, which `run_in_the_interpreter` starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
+    """For a test that launches kernels: it is collected only where they run."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if not INTERPRETED:
+            test(*args, **kwargs)
+            return
+        from triton.runtime.interpreter import interpreter_builder
+
+        # Compiled kernels do not check integers for overflow either.
+        options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interpreter_builder, "options", options)
+            test(*args, **kwargs)
+
+    run.__test__ = KERNELS_RUN  # type: ignore[attr-defined]
+    return run
+
+
+without_kernels = pytest.mark.skipif(KERNELS_RUN, reason="the kernels run in this process")
+
+
+def run_in_the_interpreter(file: str) -> None:
+    """Runs the `@runs_kernels` tests of a test file in Triton's interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert re.search(r"\b\d{2,} passed", done.stdout), done.stdout
+
+
+@contextlib.contextmanager
+def no_reads_by_the_host() -> Iterator[None]:
+    """Fails where the host looks at a tensor's values, and so would wait for the device."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("read by the host")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "nonzero"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield
+
+
+# ---- compiled for GPUs that are not here ---------------------------------------------------------
+
+compiled = pytest.mark.skipif(INTERPRETED, reason="compiled where the kernels are not interpreted")
+NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)]
+AMD = GPUTarget("hip", "gfx942", 64)
+#: Shared memory that one block may have, in bytes (CUDA C++ programming guide, table 30).
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def target_id(target: Any) -> str:
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def compile_kernel(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    target: Any,
+    folder: Path,
+    *,
+    aligned: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """Compiles ahead of time, in a folder of its own.
+
+    Args:
+        types: of the arguments that are not constants, as Triton writes them: `"*bf16"`, `"i32"`,
+            `"tensordesc<bf16[128, 64]>"`.
+        aligned: arguments that are multiples of 16; None: every pointer.
+        options: num_warps, num_stages, ...
+    """
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    if aligned is None:
+        aligned = tuple(name for name in names if signature[name][0] == "*")
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = triton.compiler.ASTSource(kernel, signature, values, attributes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        return triton.compile(source, target=target, options=options)
+
+
+def cuobjdump(option: str, kernel: Any, folder: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    return subprocess.run([tool, option, cubin], check=True, capture_output=True, text=True).stdout
+
+
+def registers(kernel: Any, folder: Path) -> int:
+    usage = cuobjdump("-res-usage", kernel, folder)
+    return int(re.findall(r"REG:(\d+)", usage)[0])
+
+
+def assert_no_spills(kernel: Any, folder: Path) -> None:
+    usage = cuobjdump("-res-usage", kernel, folder)
+    assert re.search(r"STACK:0\b", usage), usage
+    assert re.search(r"LOCAL:0\b", usage), usage
