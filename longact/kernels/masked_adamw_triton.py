@@ -20,7 +20,6 @@ Imports Triton: import this module only where it is used.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from array import array
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from longact.backends import DTYPE_CODES
 from longact.kernels.masked_adamw import AdamWGroup, ParamUpdate, is_row_buffer
+from longact.kernels.triton_common import on_device_of
 
 _CHUNK = 8192  # elements of a program of _update_kernel
 _BLOCK = 1024  # of these, how many at a time
@@ -472,10 +472,7 @@ def update(
     coefficients = scratch[scratch.numel() - num_entries :]
     entries = scratch[scalars.numel() // 2 : scratch.numel() - num_entries]
 
-    here = contextlib.nullcontext()
-    if device.type != "cpu":
-        here = torch.get_device_module(device).device(device)
-    with here:
+    with on_device_of(tensors):
         _prepare_kernel[(prepare_items,)](
             tensors,
             group_rows,

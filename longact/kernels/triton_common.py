@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 """What the Triton kernels of several ops share.
 
 Imports Triton: import this module only where it is used.
@@ -6,10 +7,13 @@ Imports Triton: import this module only where it is used.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 #: Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1, for tests).
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -46,3 +50,10 @@ def dot_operand(value):
         return to_fp32(value)
     else:
         return value
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    if tensor.is_cpu:
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)  # type: ignore[no-any-return]
