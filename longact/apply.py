@@ -186,7 +186,7 @@ def apply(
         selection = layer.selection
         selection.config, selection.name, selection.head_dim = config, name, head_dim
         selection.kind = name.rpartition(".")[2]
-        selection._move(linear.out_features, linear.weight.device)
+        selection.move(linear.out_features, linear.weight.device)
         handle.projections[name] = layer
         handle._originals[name] = (linear, before)
         _replace(model, name, layer)

@@ -12,8 +12,17 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-__all__ = ["DTYPE_CODES", "adamw_backend", "backends", "is_capturing", "native", "native_error"]
+__all__ = [
+    "DTYPE_CODES",
+    "adamw_backend",
+    "backends",
+    "is_capturing",
+    "native",
+    "native_error",
+    "runs_triton",
+]
 
 #: Storage types of the native core (csrc/dtypes.h).
 DTYPE_CODES: dict[torch.dtype, int] = {
@@ -92,6 +101,21 @@ def is_capturing() -> bool:
     return initialized and torch.cuda.is_current_stream_capturing()
 
 
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm is "cuda" to torch
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether Triton kernels can be launched on them: plain tensors in memory of a GPU."""
+    return (
+        tensors[0].device.type in _TRITON_DEVICES
+        and _has_triton
+        and not torch._C._are_functorch_transforms_active()
+        # DTensor, FakeTensor and other wrappers have no memory to point at.
+        and all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors)
+    )
+
+
 _native_devices: set[torch.device] = set()
 
 
@@ -108,8 +132,8 @@ def adamw_backend(device: torch.device) -> tuple[str, str]:
             assert native is not None
             _native_devices.add(device)
             return "native", native.cuda
-    if device.type in ("cuda", "xpu"):
-        if importlib.util.find_spec("triton") is not None:
+    if device.type in _TRITON_DEVICES:
+        if _has_triton:
             return "triton", why or f"no native kernels for {device.type}"
         return "reference", f"{why}; and Triton is not installed"
     return "reference", f"no kernels for {device.type}"
@@ -128,14 +152,14 @@ def backends() -> dict[str, dict[str, str]]:
         return f"{name} ({detail})" if name == "native" else f"{name}: {detail}"
 
     cpu, cuda = (text(adamw_backend(torch.device(kind))) for kind in ("cpu", "cuda"))
-    reference = "reference: no CUDA kernels of this op yet"
-    if not torch.cuda.is_available():
-        no_device = "; and torch finds no CUDA device"
-        cuda, reference = cuda + no_device, reference + no_device
     torch_ops = "torch (this op is made of torch's own kernels)"
+    triton = "triton" if _has_triton else "reference: Triton is not installed"
+    if not torch.cuda.is_available():
+        no_device = "; torch finds no CUDA device"
+        cuda, triton = cuda + no_device, triton + no_device
     return {
         "masked_adamw_": {"cpu": cpu, "cuda": cuda},
-        "channel_magnitude": {"cpu": cpu, "cuda": reference},
-        "topk_rows": {"cpu": torch_ops, "cuda": torch_ops},
-        "row_grad": {"cpu": torch_ops, "cuda": torch_ops},
+        "channel_magnitude": {"cpu": cpu, "cuda": triton},
+        "topk_rows": {"cpu": torch_ops, "cuda": triton},
+        "row_grad": {"cpu": torch_ops, "cuda": triton},
     }

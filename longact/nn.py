@@ -207,16 +207,15 @@ class SalientLinear(nn.Linear):
         with torch.no_grad():
             y = F.linear(input, weight, bias)
             if counts:
-                totals = self._observe(y)
-                if by_forward:
-                    rows = selection.select_for_forward(totals)
+                own_rows = self._observe(y)
+                rows = rows if own_rows is None else own_rows
         if rows is None:
             # Run again by activation checkpointing, which wants the same tensors saved.
             rows = torch.arange(self.out_features, dtype=torch.int32, device=y.device)
         rows = rows.to(y.device)
         return _RowGradLinear.apply(input, weight, bias, rows, y)  # type: ignore[no-any-return]
 
-    def _observe(self, y: Tensor) -> Tensor:
+    def _observe(self, y: Tensor) -> Tensor | None:
         assert self.counted is not None
         with torch.no_grad():
             mask = self.counted.token_mask(y)

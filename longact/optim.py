@@ -216,7 +216,7 @@ class FusedMaskedAdam(Optimizer):
         selections = list({id(s): s for _, _, s, _, _ in pairs if s is not None}.values())
         if found_inf is not None and found_inf.is_cpu and float(found_inf) != 0.0:
             for selection in selections:
-                selection.union_is_new = True  # this step's forwards are dropped with it
+                selection.drop_union()  # this step's forwards are dropped with it
             return loss
         before_step(selections)
         undo: list[tuple[dict[str, Any], dict[str, Any]]] = []

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from longact.backends import is_capturing
 from longact.kernels.channel_magnitude import channel_magnitude
-from longact.kernels.topk_rows import topk_rows
+from longact.kernels.topk_rows import (
+    CHOSEN,
+    NOT_FINITE,
+    magnitude_of,
+    select_rows,
+    status_of,
+    topk_rows_over,
+)
 from longact.rows import check_rows
 
 __all__ = ["LongActWarning", "get_rows", "set_rows"]
@@ -84,9 +91,10 @@ class Selection:
     steps: int = 0  # optimizer steps since the last refresh
     warned: bool = False
     report: tuple[_Report, int] | None = None  # of the last refresh on a GPU, and our place in it
-    # refresh_every="forward": channels selected by any forward since the last step; bool [channels]
+    # refresh_every="forward": rows of the last forward, int32; and of any since the last step, bool
+    # [channels].
+    forward_rows: Tensor | None = None
     union: Tensor | None = None
-    union_is_new: bool = field(default=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a buffer and a report of its own.
@@ -122,49 +130,73 @@ class Selection:
         self.buffer[:1].fill_(rows.numel())
         self.buffer[1 : 1 + rows.numel()].copy_(rows)
 
-    def observe(self, y: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Counts one forward's output `[tokens, channels]`; returns its own totals, fp32."""
+    def observe(self, y: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Counts one forward's output `[tokens, channels]`; returns the rows of this forward, where
+        each forward has its own."""
         assert self.config is not None
-        totals = channel_magnitude(y, token_mask, self.config.metric)
-        tokens = y.shape[0] if token_mask is None else (token_mask != 0).sum()
-        if self.magnitude is None or self.tokens is None or self.magnitude.device != y.device:
-            self._move(y.shape[1], y.device)
-            assert self.magnitude is not None
-            assert self.tokens is not None
-        if self.config.metric == "max_abs":
+        totals, tokens = self.counters(y.device)
+        channel_magnitude(y, token_mask, self.config.metric, out=totals, counted=tokens)
+        return self.counted(totals, tokens)
+
+    def counters(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where a forward adds its totals, fp32 `[channels]`, and its tokens, int64."""
+        assert self.config is not None
+        assert self.magnitude is not None
+        if self.magnitude.device != device:
+            self.move(self.magnitude.shape[0], device)
+        assert self.tokens is not None
+        if self.config.refresh_every == "forward":
+            return torch.zeros_like(self.magnitude), torch.zeros_like(self.tokens)
+        return self.magnitude, self.tokens
+
+    def counted(self, totals: Tensor, tokens: Tensor) -> Tensor | None:
+        """What follows when a forward is counted: with refresh_every="forward" its rows, which join
+        the union that the step updates."""
+        config = self.config
+        assert config is not None
+        if config.refresh_every != "forward":
+            return None
+        assert self.magnitude is not None
+        assert self.tokens is not None
+        assert self.union is not None
+        if config.metric == "max_abs":
             torch.maximum(self.magnitude, totals, out=self.magnitude)
         else:
             self.magnitude.add_(totals)
         self.tokens.add_(tokens)
-        return totals
+        previous = self.rows if self.forward_rows is None else self.forward_rows
+        if previous is not None and previous.device != totals.device:
+            previous = previous.to(totals.device)
+        (rows,), status = select_rows(
+            [totals], [tokens], [previous], *_ranking([self]), config.metric, [self.union]
+        )
+        if not torch.compiler.is_compiling() and not _is_remote(status):
+            _warn_if(self, int(status))
+        self.forward_rows = rows
+        return rows
 
-    def _move(self, channels: int, device: torch.device) -> None:
-        """Puts the totals on the device that the activations are on."""
+    def move(self, channels: int, device: torch.device) -> None:
+        """Puts what is counted on the device that the activations are on."""
         if self.magnitude is None or self.tokens is None:
             self.magnitude = torch.zeros(channels, dtype=torch.float32, device=device)
             self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+            self.union = torch.zeros(channels, dtype=torch.bool, device=device)
         else:
+            assert self.union is not None
             self.magnitude, self.tokens = self.magnitude.to(device), self.tokens.to(device)
-
-    def select_for_forward(self, totals: Tensor) -> Tensor:
-        """Rows of one forward by its own totals; they join the union that the step updates."""
-        # Compiled code cannot look at values; NaN counts as large there. Totals of nothing but
-        # zeros: no token counted.
-        usable = torch.compiler.is_compiling() or (bool(totals.any()) and _is_finite(self, totals))
-        rows = _top_rows(self, totals) if usable or self.rows is None else self.rows
-        if self.union is None or self.union_is_new or self.union.device != totals.device:
-            self.union = torch.zeros(totals.shape[0], dtype=torch.bool, device=totals.device)
-            self.union_is_new = False
-        self.union.index_fill_(0, rows.long(), True)
-        return rows
+            self.union = self.union.to(device)
 
     def take_union(self) -> Tensor:
         """The channels that forwards selected since the last step, bool; then starts anew."""
-        assert self.magnitude is not None
-        union = self.union if self.union is not None and not self.union_is_new else None
-        self.union_is_new = True
+        assert self.union is not None
+        union = self.union.clone()
+        self.drop_union()
         self.forget()
-        return torch.zeros_like(self.magnitude, dtype=torch.bool) if union is None else union
+        return union
+
+    def drop_union(self) -> None:
+        if self.union is not None:
+            self.union.zero_()
 
     def forget(self) -> None:
         """Starts counting afresh."""
@@ -237,16 +269,25 @@ def get_rows(param: Tensor) -> Tensor | None:
     return None if selection is None else selection.rows
 
 
-def _top_rows(selection: Selection, magnitude: Tensor) -> Tensor:
-    """Rows of one projection by its own channels: scope "layer" or "head"."""
-    config = selection.config
-    assert config is not None
-    if config.scope == "head":
-        heads = magnitude.view(-1, selection.head_dim)
-        rows = topk_rows(heads, config.count(selection.head_dim))
-        offsets = torch.arange(heads.shape[0], dtype=torch.int32, device=rows.device)
-        return (rows + offsets[:, None] * selection.head_dim).flatten()
-    return topk_rows(magnitude, config.count(magnitude.shape[0]))
+def _ranking(selections: Sequence[Selection]) -> tuple[list[int], list[int]]:
+    """How many channels of each head each selects, and the channels of a head; with scope "layer"
+    a projection is one head."""
+    counts, head_dims = [], []
+    for selection in selections:
+        assert selection.config is not None
+        assert selection.magnitude is not None
+        by_head = selection.config.scope == "head"
+        head_dims.append(selection.head_dim if by_head else selection.magnitude.shape[0])
+        counts.append(selection.config.count(head_dims[-1]))
+    return counts, head_dims
+
+
+class _Counted(NamedTuple):
+    """What a selection is chosen from, over all ranks."""
+
+    selection: Selection
+    total: Tensor
+    tokens: Tensor
 
 
 def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
@@ -261,42 +302,81 @@ def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
     waits for the device; the warning then comes with a later refresh. With scope="model", where
     the number of rows changes, they are read all the same.
     """
-    members: dict[object, list[tuple[Selection, Tensor]]] = {}
-    spoiled: set[object] = set()
-    remote: list[tuple[Selection, Tensor, Tensor]] = []
+    ranked: dict[object, list[_Counted]] = {}  # those that go together
+    over_model: dict[object, list[_Counted]] = {}
     counting = [s for s in selections if s.config is not None and s.magnitude is not None]
-    for selection, (total, tokens) in zip(counting, _totals_over_ranks(counting), strict=True):
-        config = selection.config
-        assert config is not None
-        if not wait and config.scope != "model" and _is_remote(total):
-            remote.append((selection, total, tokens))
-            continue
-        if int(tokens) > 0:
-            magnitude = _magnitude(config, total, tokens)
-            group: object = selection.kind if config.scope == "model" else id(selection)
-            members.setdefault(group, []).append((selection, magnitude))
-            if not _is_finite(selection, magnitude):
-                spoiled.add(group)
-    for group, ranked in members.items():
-        if group in spoiled:
-            continue
-        config = ranked[0][0].config
+    for counted in _over_all_ranks(counting):
+        config = counted.selection.config
         assert config is not None
         if config.scope == "model":
-            _select_over_model(ranked, config)
+            over_model.setdefault((config, counted.selection.kind), []).append(counted)
         else:
-            for selection, magnitude in ranked:
-                _choose(selection, _top_rows(selection, magnitude))
-    _choose_remotely(remote)
+            ranked.setdefault((config.metric, counted.total.device), []).append(counted)
+    for members in ranked.values():
+        _select(members, wait=wait)
+    for members in over_model.values():
+        _select_over_model(members)
     for selection in counting:
         selection.forget()
 
 
-def _magnitude(config: SelectionConfig, total: Tensor, tokens: Tensor) -> Tensor:
-    if config.metric == "max_abs":
-        return total
-    mean = total / tokens
-    return mean.sqrt() if config.metric == "rms" else mean
+def _select(members: list[_Counted], *, wait: bool) -> None:
+    """Scopes "layer" and "head": all projections on a device at once."""
+    selections = [member.selection for member in members]
+    config = selections[0].config
+    assert config is not None
+    device = members[0].total.device
+    counts, head_dims = _ranking(selections)
+    previous = [_previous(selection, device) for selection in selections]
+    chosen, status = select_rows(
+        [member.total for member in members],
+        [member.tokens for member in members],
+        previous,
+        counts,
+        head_dims,
+        config.metric,
+    )
+    # Rows that were chosen by hand may be of another number: they are read once.
+    fits = (
+        old is not None and old.shape == new.shape
+        for old, new in zip(previous, chosen, strict=True)
+    )
+    if wait or not _is_remote(status) or not all(fits):
+        for selection, rows, code in zip(selections, chosen, status.tolist(), strict=True):
+            _warn_if(selection, code)
+            if code == CHOSEN:
+                _choose(selection, rows)
+        return
+    for selection, rows in zip(selections, chosen, strict=True):
+        selection.choose(rows)
+    _report(selections, status)
+
+
+def _previous(selection: Selection, device: torch.device) -> Tensor | None:
+    rows = selection.rows
+    if rows is not None and selection.buffer is not None:
+        # It stays where it is: a replay must not read rows that are freed by then.
+        rows = selection.buffer[1 : 1 + rows.numel()]
+    return None if rows is None else rows.to(device)
+
+
+def _select_over_model(members: list[_Counted]) -> None:
+    """Scope "model": the channels of all projections of a kind are ranked together."""
+    config = members[0].selection.config
+    assert config is not None
+    device = members[0].total.device
+    magnitudes = [magnitude_of(m.total, m.tokens, config.metric) for m in members]
+    states = [status_of(y, m.tokens) for y, m in zip(magnitudes, members, strict=True)]
+    codes = torch.stack([state.to(device) for state in states]).tolist()
+    for member, code in zip(members, codes, strict=True):
+        _warn_if(member.selection, code)
+    usable = [i for i, code in enumerate(codes) if code == CHOSEN]
+    if NOT_FINITE in codes or not usable:
+        return
+    ranked = [magnitudes[i].to(device) for i in usable]
+    chosen = topk_rows_over(ranked, config.count(sum(y.shape[0] for y in ranked)))
+    for i, rows in zip(usable, chosen, strict=True):
+        _choose(members[i].selection, rows.to(magnitudes[i].device))
 
 
 def _is_remote(tensor: Tensor) -> bool:
@@ -305,58 +385,41 @@ def _is_remote(tensor: Tensor) -> bool:
 
 
 class _Report:
-    """Whether each of some selections met only finite magnitudes, on its way from their device."""
+    """The states of some selections, on their way from their device."""
 
-    def __init__(self, finite: Tensor) -> None:
-        self.finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=finite.is_cuda)
-        self.finite.copy_(finite, non_blocking=True)
+    def __init__(self, status: Tensor) -> None:
+        self.status = torch.empty(status.shape, dtype=status.dtype, pin_memory=status.is_cuda)
+        self.status.copy_(status, non_blocking=True)
         self._event = None
-        if not finite.is_cpu:
-            self._event = torch.Event(finite.device)
-            self._event.record(torch.accelerator.current_stream(finite.device))
+        if not status.is_cpu:
+            self._event = torch.Event(status.device)
+            self._event.record(torch.accelerator.current_stream(status.device))
 
     def arrived(self) -> bool:
         return self._event is None or bool(self._event.query())
 
 
-def _choose_remotely(counted: list[tuple[Selection, Tensor, Tensor]]) -> None:
-    """The same choice on the selections' device, where it decides by itself what is usable."""
-    by_device: dict[torch.device, list[tuple[Selection, Tensor]]] = {}
-    capturing = is_capturing()
-    for selection, total, tokens in counted:
-        assert selection.config is not None
-        # A captured step has no events and no pinned memory.
-        if not capturing and selection.report is not None and selection.report[0].arrived():
+def _report(selections: Sequence[Selection], status: Tensor) -> None:
+    """Warns of what the last report said, and sends for the next."""
+    if is_capturing():  # a captured step has no events and no pinned memory
+        return
+    for selection in selections:
+        if selection.report is not None and selection.report[0].arrived():
             report, index = selection.report
-            _warn_unless(selection, bool(report.finite[index]))
-        magnitude = _magnitude(selection.config, total, tokens)
-        rows, finite = _top_rows(selection, magnitude), torch.isfinite(magnitude).all()
-        old = selection.rows
-        if old is not None and selection.buffer is not None:
-            # It stays where it is: a replay must not read rows that are freed by then.
-            old = selection.buffer[1 : 1 + old.numel()]
-        if old is None or old.shape != rows.shape:  # chosen by hand: read once
-            if bool((finite & (tokens > 0)).all()):
-                selection.choose(rows)
-        else:
-            selection.choose(torch.where(finite & (tokens > 0), rows, old.to(rows.device)))
-        # Without a token the mean is 0 / 0, which is no fault of the activations.
-        by_device.setdefault(total.device, []).append((selection, finite | (tokens == 0)))
-    for here in [] if capturing else by_device.values():
-        report = _Report(torch.stack([finite for _, finite in here]))
-        for index, (selection, _) in enumerate(here):
-            selection.report = (report, index)
+            _warn_if(selection, int(report.status[index]))
+    report = _Report(status)
+    for index, selection in enumerate(selections):
+        selection.report = (report, index)
 
 
-def _totals_over_ranks(selections: list[Selection]) -> list[tuple[Tensor, Tensor]]:
-    """(magnitude, tokens) of each selection, over all ranks."""
+def _over_all_ranks(selections: list[Selection]) -> list[_Counted]:
     totals: dict[int, tuple[Tensor, Tensor]] = {}
     for is_max in (False, True):
         mine = [s for s in selections if (s.config and s.config.metric == "max_abs") == is_max]
         tensors = [t for s in mine for t in (s.magnitude, s.tokens) if t is not None]
         flat = iter(_over_ranks(tensors, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM))
         totals |= {id(s): (next(flat), next(flat)) for s in mine}
-    return [totals[id(s)] for s in selections]
+    return [_Counted(s, *totals[id(s)]) for s in selections]
 
 
 def _over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
@@ -373,13 +436,9 @@ def _over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
     return [p.view(t.shape).to(t.device, t.dtype) for p, t in zip(pieces, tensors, strict=True)]
 
 
-def _is_finite(selection: Selection, magnitude: Tensor) -> bool:
-    """Whether rows can be chosen by it; warns once for each selection where not."""
-    return _warn_unless(selection, bool(torch.isfinite(magnitude).all()))
-
-
-def _warn_unless(selection: Selection, finite: bool) -> bool:
-    if not finite and not selection.warned:
+def _warn_if(selection: Selection, code: int) -> None:
+    """Once for each selection."""
+    if code == NOT_FINITE and not selection.warned:
         selection.warned = True
         warnings.warn(
             f"{selection.name}: non-finite activations; its previous selection stays. Look for "
@@ -387,30 +446,20 @@ def _warn_unless(selection: Selection, finite: bool) -> bool:
             LongActWarning,
             stacklevel=4,
         )
-    return finite
-
-
-def _select_over_model(members: list[tuple[Selection, Tensor]], config: SelectionConfig) -> None:
-    channels = [magnitude.shape[0] for _, magnitude in members]
-    device = members[0][1].device
-    together = torch.cat([magnitude.to(device) for _, magnitude in members])
-    chosen = topk_rows(together, config.count(together.shape[0]))
-    start = 0
-    for (selection, magnitude), count in zip(members, channels, strict=True):
-        mine = chosen[(chosen >= start) & (chosen < start + count)] - start
-        _choose(selection, mine.to(magnitude.device))
-        start += count
 
 
 def _choose(selection: Selection, rows: Tensor) -> None:
-    # An unchanged selection keeps its tensor, and with it the native table and the compact moments.
+    # An unchanged selection keeps its tensor, and with it the native table and the compact moments;
+    # to compare them on a GPU would be to wait for it.
     old = selection.rows
-    if (
-        old is None
-        or old.shape != rows.shape
-        or old.device != rows.device
-        or not torch.equal(old, rows)
-    ):
+    unchanged = (
+        not _is_remote(rows)
+        and old is not None
+        and old.shape == rows.shape
+        and old.device == rows.device
+        and torch.equal(old, rows)
+    )
+    if not unchanged:
         selection.choose(rows)
 
 
@@ -440,10 +489,23 @@ def before_step(selections: Iterable[Selection]) -> None:
         elif selection.rows is None:
             first.append(selection)
     refresh(first)
-    unions = _over_ranks([s.take_union() for s in by_forward], dist.ReduceOp.MAX)
-    for selection, union in zip(by_forward, unions, strict=True):
-        if bool(union.any()):
-            _choose(selection, union.nonzero().squeeze(1).to(torch.int32))
+    _choose_unions(by_forward)
+
+
+def _choose_unions(selections: list[Selection]) -> None:
+    """refresh_every="forward": what the forwards selected is what the step updates."""
+    if not selections:
+        return
+    unions = _over_ranks([s.take_union() for s in selections], dist.ReduceOp.MAX)
+    sizes = [union.numel() for union in unions]
+    # There and back once, for all of them.
+    device = unions[0].device
+    here = torch.cat([union.to(device) for union in unions]).cpu()
+    rows = [chosen.nonzero().squeeze(1).to(torch.int32) for chosen in torch.split(here, sizes)]
+    there = torch.split(torch.cat(rows).to(device), [r.numel() for r in rows])
+    for selection, union, chosen in zip(selections, unions, there, strict=True):
+        if chosen.numel() > 0:
+            _choose(selection, chosen.to(union.device))
 
 
 def after_step(selections: Iterable[Selection]) -> None:

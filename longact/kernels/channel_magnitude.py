@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longact.backends import DTYPE_CODES, native
+from longact.backends import DTYPE_CODES, native, runs_triton
 
 #: Metric to its code in the native core (csrc/cpu_kernels.h).
 METRICS: dict[str, int] = {"mean_abs": 0, "rms": 1, "max_abs": 2}
@@ -46,7 +46,30 @@ def native_cpu(y: Tensor, token_mask: Tensor | None, metric: str, isa: str = "")
     return total
 
 
+def _triton(
+    y: Tensor,
+    token_mask: Tensor | None,
+    metric: str,
+    out: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
+    from longact.kernels import channel_magnitude_triton
+
+    if out is None:
+        out = torch.zeros(y.shape[1], dtype=torch.float32, device=y.device)
+    channel_magnitude_triton.channel_magnitude(
+        y.detach(), token_mask, METRICS[metric], out, counted
+    )
+    return out
+
+
+def _is_for_triton(y: Tensor) -> bool:
+    return runs_triton(y) and y.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _dispatch(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
+    if _is_for_triton(y):
+        return _triton(y, token_mask, metric)
     if native is not None and y.device.type == "cpu" and y.dtype in DTYPE_CODES:
         return native_cpu(y, token_mask, metric)
     return reference(y, token_mask, metric)
@@ -80,24 +103,59 @@ def _check(y: Tensor, token_mask: Tensor | None, metric: str) -> None:
         )
 
 
+def _check_out(y: Tensor, out: Tensor | None, counted: Tensor | None) -> None:
+    if out is not None and (
+        out.dtype != torch.float32
+        or out.shape != y.shape[1:]
+        or out.device != y.device
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out must be a contiguous float32 [{y.shape[1]}] tensor on {y.device}, got "
+            f"{out.dtype} {[*out.shape]} on {out.device}"
+        )
+    if counted is not None and (
+        counted.dtype != torch.int64 or counted.dim() != 0 or counted.device != y.device
+    ):
+        raise ValueError(
+            f"counted must be an int64 scalar tensor on {y.device}, got {counted.dtype} "
+            f"{[*counted.shape]} on {counted.device}"
+        )
+
+
 def channel_magnitude(
-    y: Tensor, token_mask: Tensor | None = None, metric: str = "mean_abs"
+    y: Tensor,
+    token_mask: Tensor | None = None,
+    metric: str = "mean_abs",
+    *,
+    out: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Totals from which a channel's magnitude follows, over the counted tokens.
 
     Args:
         y: `[tokens, channels]`, any floating dtype; the output of a projection.
         token_mask: `[tokens]`, a token counts where it is not 0; None counts every token.
-        metric: `"mean_abs"` gives sum|y|, `"rms"` sum y^2, `"max_abs"` max|y|. Totals of several
-            calls add up (max_abs: take the maximum).
+        metric: `"mean_abs"` gives sum|y|, `"rms"` sum y^2, `"max_abs"` max|y|.
+        out: fp32 `[channels]` on y's device, contiguous: earlier totals, which these are added to
+            (max_abs: the larger stays).
+        counted: int64 scalar on y's device, which the number of counted tokens is added to.
 
     Returns:
-        fp32 `[channels]` on y's device. No gradient flows through it.
+        `out`, or fp32 `[channels]` on y's device. No gradient flows through it.
 
     Raises:
         ValueError: an unknown metric, or shapes or devices that do not fit.
     """
-    if torch.compiler.is_compiling():
-        return _op(y, token_mask, metric)  # type: ignore[no-any-return]
-    _check(y, token_mask, metric)
-    return _dispatch(y, token_mask, metric)
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling:
+        _check(y, token_mask, metric)
+        _check_out(y, out, counted)
+        if _is_for_triton(y):
+            return _triton(y, token_mask, metric, out, counted)
+    totals: Tensor = (_op if is_compiling else _dispatch)(y, token_mask, metric)
+    if counted is not None:
+        counted.add_(y.shape[0] if token_mask is None else (token_mask != 0).sum())
+    if out is None:
+        return totals
+    return torch.maximum(out, totals, out=out) if metric == "max_abs" else out.add_(totals)

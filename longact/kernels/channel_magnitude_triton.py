@@ -148,10 +148,6 @@ def _add_partials_kernel(
 # ---- launch --------------------------------------------------------------------------------------
 
 
-def supports(y: Tensor) -> bool:
-    return y.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
 def channel_magnitude(
     y: Tensor, token_mask: Tensor | None, metric: int, out: Tensor, counted: Tensor | None = None
 ) -> None:

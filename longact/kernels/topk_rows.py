@@ -1,9 +1,19 @@
-"""`topk_rows`: the k largest channels, ties to the lower index, in ascending order."""
+"""`topk_rows`: the k largest channels, ties to the lower index, in ascending order; `select_rows`:
+the same for the projections of a model, from what was counted, where it can be used."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from longact.backends import runs_triton
+
+#: What `select_rows` came to: rows chosen; no token counted; a non-finite magnitude.
+CHOSEN, NOT_COUNTED, NOT_FINITE = 0, 1, 2
+
+_MAX_CHANNELS = 16_384  # that the Triton kernel ranks
 
 
 def reference(magnitude: Tensor, k: int) -> Tensor:
@@ -13,10 +23,54 @@ def reference(magnitude: Tensor, k: int) -> Tensor:
     return order[..., :k].sort(dim=-1).values.to(torch.int32)
 
 
+def magnitude_of(total: Tensor, tokens: Tensor, metric: str) -> Tensor:
+    """A channel's magnitude from its total over the tokens; NaN where there are none."""
+    if metric == "max_abs":
+        return total
+    mean = total / tokens
+    return mean.sqrt() if metric == "rms" else mean
+
+
+def status_of(magnitude: Tensor, tokens: Tensor) -> Tensor:
+    """int32 scalar: whether rows can be chosen by it, and why not."""
+    spoiled = torch.where(torch.isfinite(magnitude).all(), CHOSEN, NOT_FINITE)
+    return torch.where(tokens == 0, NOT_COUNTED, spoiled).to(torch.int32)
+
+
+def select_reference(
+    total: Tensor, tokens: Tensor, previous: Tensor | None, k: int, head_dim: int, metric: str
+) -> tuple[Tensor, Tensor]:
+    """`select_rows` of one projection."""
+    magnitude = magnitude_of(total, tokens, metric)
+    rows = reference(magnitude.view(-1, head_dim), k)
+    first = torch.arange(0, total.shape[0], head_dim, dtype=torch.int32, device=rows.device)
+    rows = (rows + first[:, None]).flatten()
+    status = status_of(magnitude, tokens)
+    if previous is not None and previous.shape == rows.shape:
+        rows = torch.where(status == CHOSEN, rows, previous)
+    return rows, status
+
+
+def _dispatch(magnitude: Tensor, k: int) -> Tensor:
+    if _is_for_triton(magnitude):
+        from longact.kernels import topk_rows_triton
+
+        return topk_rows_triton.topk_rows(magnitude, k)
+    return reference(magnitude, k)
+
+
+def _is_for_triton(magnitude: Tensor) -> bool:
+    return (
+        runs_triton(magnitude)
+        and magnitude.dtype == torch.float32
+        and magnitude.shape[-1] <= _MAX_CHANNELS
+    )
+
+
 @torch.library.custom_op("longact::topk_rows", mutates_args=())
 def _op(magnitude: Tensor, k: int) -> Tensor:
     _check(magnitude, k)
-    return reference(magnitude, k)
+    return _dispatch(magnitude, k)
 
 
 @_op.register_fake
@@ -48,4 +102,83 @@ def topk_rows(magnitude: Tensor, k: int) -> Tensor:
     if torch.compiler.is_compiling():
         return _op(magnitude, k)  # type: ignore[no-any-return]
     _check(magnitude, k)
-    return reference(magnitude, k)
+    return _dispatch(magnitude, k)
+
+
+@torch.library.custom_op("longact::select_rows", mutates_args=())
+def _select_op(
+    total: Tensor, tokens: Tensor, previous: Tensor | None, k: int, head_dim: int, metric: str
+) -> tuple[Tensor, Tensor]:
+    rows, status = select_rows([total], [tokens], [previous], [k], [head_dim], metric)
+    return rows[0], status[0].clone()
+
+
+@_select_op.register_fake
+def _select_fake(
+    total: Tensor, tokens: Tensor, previous: Tensor | None, k: int, head_dim: int, metric: str
+) -> tuple[Tensor, Tensor]:
+    rows = total.shape[0] // head_dim * k
+    return total.new_empty(rows, dtype=torch.int32), total.new_empty((), dtype=torch.int32)
+
+
+def select_rows(
+    totals: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    previous: Sequence[Tensor | None],
+    counts: Sequence[int],
+    head_dims: Sequence[int],
+    metric: str,
+    unions: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The rows of largest magnitude of each of some projections; nothing is read by the host.
+
+    Args:
+        totals: fp32 `[channels]` each, on one device: what `channel_magnitude` added up.
+        tokens: int64 scalars, over how many tokens.
+        previous: int32 `[rows]` each, which stay where nothing can be chosen; or None.
+        counts: how many channels of each head are chosen.
+        head_dims: how many channels are ranked together: those of a head, or of the projection.
+        metric: `"mean_abs"`, `"rms"` or `"max_abs"`.
+        unions: bool `[channels]` each, set at the rows that come out.
+
+    Returns:
+        int32 rows of each, ascending; and their states, int32 `[projections]`: CHOSEN, NOT_COUNTED
+        or NOT_FINITE. Where it is not CHOSEN they are the previous rows, if there are as many; else
+        the largest all the same, NaN before the others.
+    """
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and all(_is_for_triton(total) for total in totals):
+        from longact.kernels import topk_rows_triton
+
+        return topk_rows_triton.select_rows(
+            totals, tokens, previous, counts, head_dims, metric, unions
+        )
+    select = _select_op if is_compiling else select_reference
+    chosen = [
+        select(*each, metric)
+        for each in zip(totals, tokens, previous, counts, head_dims, strict=True)
+    ]
+    for union, (rows, _) in zip(unions or (), chosen, strict=unions is not None):
+        union.index_fill_(0, rows.long(), True)
+    return [rows for rows, _ in chosen], torch.stack([status for _, status in chosen])
+
+
+def topk_rows_over(magnitudes: Sequence[Tensor], k: int) -> list[Tensor]:
+    """The k largest channels of all projections together; waits for the device once.
+
+    Args:
+        magnitudes: fp32 `[channels]` each, on one device, without NaN.
+        k: how many in all.
+
+    Returns:
+        int32 rows of each, ascending; ties go to the earlier projection, then the lower index.
+    """
+    if all(_is_for_triton(magnitude) for magnitude in magnitudes):
+        from longact.kernels import topk_rows_triton
+
+        padded, counts = topk_rows_triton.topk_rows_over(magnitudes, k)
+        return [rows[:n] for rows, n in zip(padded, counts.tolist(), strict=True)]
+    channels = [magnitude.shape[0] for magnitude in magnitudes]
+    chosen = torch.zeros(sum(channels), dtype=torch.bool, device=magnitudes[0].device)
+    chosen[reference(torch.cat(list(magnitudes)), k).long()] = True
+    return [part.nonzero().squeeze(1).to(torch.int32) for part in torch.split(chosen, channels)]
