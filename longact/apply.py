@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longact.architectures import ARCHITECTURES
-from longact.nn import CountedForward, SalientLinear
+from longact.nn import CountedForward, SalientLinear, SharedInput
 from longact.rows import check_rows
 from longact.selection import (
     Selection,
@@ -190,6 +190,13 @@ def apply(
         handle.projections[name] = layer
         handle._originals[name] = (linear, before)
         _replace(model, name, layer)
+    blocks: dict[str, list[SalientLinear]] = {}
+    for name, layer in handle.projections.items():
+        blocks.setdefault(name.rpartition(".")[0], []).append(layer)
+    for layers in blocks.values():
+        shared = SharedInput(layers if len(layers) == 2 else ())
+        for layer in layers:
+            layer.shared = shared
     handle._hooks = [
         decoder.register_forward_pre_hook(counted.enter, with_kwargs=True),
         decoder.register_forward_hook(counted.leave, always_call=True),

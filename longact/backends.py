@@ -19,6 +19,7 @@ __all__ = [
     "adamw_backend",
     "backends",
     "is_capturing",
+    "is_plain",
     "native",
     "native_error",
     "runs_triton",
@@ -105,15 +106,17 @@ _TRITON_DEVICES = ("cuda", "xpu")  # ROCm is "cuda" to torch
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
-def runs_triton(*tensors: Tensor) -> bool:
-    """Whether Triton kernels can be launched on them: plain tensors in memory of a GPU."""
-    return (
-        tensors[0].device.type in _TRITON_DEVICES
-        and _has_triton
-        and not torch._C._are_functorch_transforms_active()
-        # DTensor, FakeTensor and other wrappers have no memory to point at.
-        and all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors)
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether kernels may read their memory, which tensors under function transforms, DTensors,
+    fake tensors and other wrappers do not have."""
+    return not torch._C._are_functorch_transforms_active() and all(
+        type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors
     )
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether Triton kernels can be launched on them."""
+    return tensors[0].device.type in _TRITON_DEVICES and _has_triton and is_plain(*tensors)
 
 
 _native_devices: set[torch.device] = set()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longact.kernels.row_grad import row_grad
+from longact.kernels.channel_magnitude import channel_magnitude
+from longact.kernels.projection import fuses, projections
+from longact.kernels.row_grad import is_for_triton, linear_grads, row_sums
 from longact.selection import Selection, attach, selection_of
 
 __all__ = ["SalientLinear"]
@@ -28,12 +31,14 @@ class CountedForward:
         self.mask_position = mask_position  # of attention_mask among the forward's arguments
         self.active = False
         self.mask: Tensor | None = None
+        self._flat_masks: dict[torch.Size, Tensor] = {}  # for outputs of a shape
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.active = module.training and torch.is_grad_enabled()
         mask = kwargs.get("attention_mask")
         if mask is None and self.mask_position is not None and self.mask_position < len(args):
             mask = args[self.mask_position]
+        self._flat_masks.clear()
         # 4-D masks say who attends to whom, not which tokens are padding: every token counts then.
         is_token_mask = self.active and isinstance(mask, Tensor) and mask.dim() == 2
         self.mask = mask if is_token_mask else None
@@ -41,12 +46,19 @@ class CountedForward:
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.active = False
         self.mask = None
+        self._flat_masks.clear()
 
     def token_mask(self, y: Tensor) -> Tensor | None:
         """The mask `[tokens]` for an output `[batch, sequence, channels]` of this forward."""
-        mask = self.mask
-        if mask is None:
+        if self.mask is None:
             return None
+        if torch.compiler.is_compiling():
+            return self._flat_mask(self.mask, y)
+        if y.shape[:-1] not in self._flat_masks:
+            self._flat_masks[y.shape[:-1]] = self._flat_mask(self.mask, y)
+        return self._flat_masks[y.shape[:-1]]
+
+    def _flat_mask(self, mask: Tensor, y: Tensor) -> Tensor:
         if y.dim() == 3 and mask.shape[0] == y.shape[0] and mask.shape[1] > y.shape[1]:
             mask = mask[
                 :, -y.shape[1] :
@@ -57,6 +69,61 @@ class CountedForward:
                 f"output of shape {[*y.shape]}: longact cannot tell which tokens are padding"
             )
         return (mask != 0).flatten()
+
+
+class _Output(NamedTuple):
+    y: Tensor  # [tokens, out]
+    totals: Tensor  # of its channels' magnitudes, fp32 [out]
+    tokens: Tensor  # that these are over, int64
+
+
+class SharedInput:
+    """Projections of one attention block (q and k): where they read the same input, the fused
+    kernel computes both when the first is called, and the other takes what lies ready."""
+
+    def __init__(self, layers: Sequence[SalientLinear] = ()) -> None:
+        self._layers = tuple(layers)
+        self._is_shared = True  # until a layer is found to read another input
+        self._input: tuple[Tensor | None, int] = (None, 0)  # what `_ready` is of, and its version
+        self._ready: dict[SalientLinear, _Output] = {}
+
+    def __reduce__(self) -> tuple[type[SharedInput], tuple[()]]:
+        return SharedInput, ()  # a copy of one layer does not bring the other
+
+    def output(
+        self, layer: SalientLinear, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> _Output:
+        """One layer's output for an input that `fuses`; no gradient flows."""
+        last, version = self._input
+        if last is input and version == input._version and layer in self._ready:
+            ready = self._ready.pop(layer)
+            if not self._ready:
+                self._input = (None, 0)
+            return ready
+        if self._ready:
+            self._is_shared = False
+            self._ready.clear()
+        x = input.reshape(-1, input.shape[-1])
+        others = [other for other in self._layers if other is not layer and self._is_shared]
+        others = [o for o in others if fuses(x, [weight, o.weight], [bias, o.bias])]
+        counters = [layer.selection.counters(x.device)]
+        counters += [other.selection.counters(x.device, apart=True) for other in others]
+        assert layer.counted is not None
+        assert layer.selection.config is not None
+        ys = projections(
+            x,
+            [weight, *(other.weight for other in others)],
+            [bias, *(other.bias for other in others)],
+            layer.counted.token_mask(input),
+            layer.selection.config.metric,
+            [totals for totals, _ in counters],
+            [tokens for _, tokens in counters],
+        )
+        outputs = [_Output(y, *counts) for y, counts in zip(ys, counters, strict=True)]
+        if others:
+            self._ready = dict(zip(others, outputs[1:], strict=True))
+            self._input = (input, input._version)
+        return outputs[0]
 
 
 class _RowGradLinear(torch.autograd.Function):
@@ -82,19 +149,44 @@ class _RowGradLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         input, weight = ctx.saved_tensors
-        rows: Tensor = ctx.rows.long()  # index_copy wants int64
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             grad_input = grad_output @ weight
         flat = grad_output.reshape(-1, grad_output.shape[-1])
+        flat_input = input.reshape(-1, input.shape[-1])
+        needs_bias = needs_bias and ctx.has_bias
         if needs_weight:
-            compact = row_grad(flat, input.reshape(-1, input.shape[-1]), rows)
-            grad_weight = compact.new_zeros(weight.shape).index_copy_(0, rows, compact)
-        if ctx.has_bias and needs_bias:
-            selected = flat.index_select(1, rows).sum(0)
-            grad_bias = selected.new_zeros(flat.shape[1]).index_copy_(0, rows, selected)
-        return grad_input, grad_weight, grad_bias, None, None
+            so_far = _grad_so_far(weight, flat, flat_input)
+            grad_weight, grad_bias = linear_grads(flat, flat_input, ctx.rows, needs_bias, so_far)
+            if so_far is not None:
+                grad_weight = _nothing_to_add(weight)
+        elif needs_bias:
+            grad_bias = row_sums(flat, ctx.rows)
+        return grad_input, grad_weight, grad_bias if needs_bias else None, None, None
+
+
+def _grad_so_far(weight: Tensor, grad_output: Tensor, input: Tensor) -> Tensor | None:
+    """The gradient that earlier micro-batches left in `weight.grad`, if this one may be added to
+    its rows in place: autograd would first fill a gradient of full size with zeros, then add all of
+    it."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not weight.is_leaf:
+        return None
+    grad = weight.grad
+    if grad is None or weight._backward_hooks or not is_for_triton(grad_output, input, grad):
+        return None
+    node = torch.autograd.graph.get_gradient_edge(weight).node
+    try:
+        return grad if torch._C._will_engine_execute_node(node) else None
+    except RuntimeError:  # torch.autograd.grad asks for this gradient
+        return None
+
+
+def _nothing_to_add(weight: Tensor) -> Tensor:
+    """A sparse gradient without entries: autograd's accumulation and its hooks run, at no cost."""
+    indices = torch.empty(1, 0, dtype=torch.int64, device=weight.device)
+    values = weight.new_empty(0, *weight.shape[1:])
+    return torch.sparse_coo_tensor(indices, values, weight.shape, check_invariants=False)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,6 +205,7 @@ class SalientLinear(nn.Linear):
 
     selection: Selection
     counted: CountedForward | None
+    shared: SharedInput | None
 
     def __init__(
         self,
@@ -123,7 +216,7 @@ class SalientLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.counted = None
+        self.counted = self.shared = None
         self._attach(Selection())
 
     @classmethod
@@ -142,7 +235,7 @@ class SalientLinear(nn.Linear):
             )
         salient = cls.__new__(cls)
         salient.__dict__.update(linear.__dict__)
-        salient.counted = None
+        salient.counted = salient.shared = None
         salient._attach(selection or selection_of(linear.weight) or Selection())
         return salient
 
@@ -187,7 +280,9 @@ class SalientLinear(nn.Linear):
                 "activation checkpointing, which forgets which rows a forward selected: use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or refresh_every=1"
             )
-        rows = selection.rows
+        rows = selection.rows_now(self.weight)
+        if rows is not None and rows.shape[0] == self.out_features:
+            rows = None  # they are distinct: all of them
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if not (torch.is_grad_enabled() and trains and (rows is not None or by_forward)):
             y = F.linear(input, self.weight, self.bias)
@@ -205,10 +300,11 @@ class SalientLinear(nn.Linear):
             input, weight = _autocast(input, dtype), _autocast(weight, dtype)
             bias = None if bias is None else _autocast(bias, dtype)
         with torch.no_grad():
-            y = F.linear(input, weight, bias)
             if counts:
-                own_rows = self._observe(y)
+                y, own_rows = self._project(input, weight, bias)
                 rows = rows if own_rows is None else own_rows
+            else:
+                y = F.linear(input, weight, bias)
         if rows is None:
             # Run again by activation checkpointing, which wants the same tensors saved.
             rows = torch.arange(self.out_features, dtype=torch.int32, device=y.device)
@@ -216,7 +312,27 @@ class SalientLinear(nn.Linear):
         return _RowGradLinear.apply(input, weight, bias, rows, y)  # type: ignore[no-any-return]
 
     def _observe(self, y: Tensor) -> Tensor | None:
+        """Counts an output; returns its rows where each forward has its own."""
         assert self.counted is not None
-        with torch.no_grad():
-            mask = self.counted.token_mask(y)
-            return self.selection.observe(y.detach().reshape(-1, y.shape[-1]), mask)
+        assert self.selection.config is not None
+        totals, tokens = self.selection.counters(y.device)
+        channel_magnitude(
+            y.detach().reshape(-1, y.shape[-1]),
+            self.counted.token_mask(y),
+            self.selection.config.metric,
+            out=totals,
+            counted=tokens,
+        )
+        return self.selection.counted(totals, tokens)
+
+    def _project(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A counted output, without a gradient, and its rows where each forward has its own."""
+        x = input.reshape(-1, input.shape[-1])
+        if self.shared is None or not fuses(x, [weight], [bias]):
+            y = F.linear(input, weight, bias)
+            return y, self._observe(y)
+        flat, totals, tokens = self.shared.output(self, input, weight, bias)
+        rows = self.selection.counted(totals, tokens)
+        return flat.view(*input.shape[:-1], flat.shape[-1]), rows

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longact.backends import is_capturing
-from longact.kernels.channel_magnitude import channel_magnitude
 from longact.kernels.topk_rows import (
     CHOSEN,
     NOT_FINITE,
@@ -130,49 +129,70 @@ class Selection:
         self.buffer[:1].fill_(rows.numel())
         self.buffer[1 : 1 + rows.numel()].copy_(rows)
 
-    def observe(self, y: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """Counts one forward's output `[tokens, channels]`; returns the rows of this forward, where
-        each forward has its own."""
-        assert self.config is not None
-        totals, tokens = self.counters(y.device)
-        channel_magnitude(y, token_mask, self.config.metric, out=totals, counted=tokens)
-        return self.counted(totals, tokens)
+    def rows_now(self, param: Tensor) -> Tensor | None:
+        """The rows; while a CUDA graph is captured in the place that its replays find them in."""
+        if torch.compiler.is_compiling() or not param.is_cuda or not is_capturing():
+            return self.rows
+        if self.rows is None:
+            return None
+        if not self.has_buffer(param):
+            raise RuntimeError(
+                f"{self.name or 'a parameter'}: a graph that is captured needs its rows in a place "
+                "that stays: construct FusedMaskedAdam with capturable=True and call step() once "
+                "before the capture"
+            )
+        assert self.buffer is not None
+        return self.buffer[1 : 1 + self.rows.numel()]
 
-    def counters(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where a forward adds its totals, fp32 `[channels]`, and its tokens, int64."""
+    def counters(self, device: torch.device, *, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """Where a forward adds its totals, fp32 `[channels]`, and its tokens, int64: the running
+        ones, or new ones where it has rows of its own, or is to stand `apart` until `counted`."""
         assert self.config is not None
         assert self.magnitude is not None
         if self.magnitude.device != device:
             self.move(self.magnitude.shape[0], device)
         assert self.tokens is not None
-        if self.config.refresh_every == "forward":
+        if apart or self.config.refresh_every == "forward":
             return torch.zeros_like(self.magnitude), torch.zeros_like(self.tokens)
         return self.magnitude, self.tokens
 
     def counted(self, totals: Tensor, tokens: Tensor) -> Tensor | None:
-        """What follows when a forward is counted: with refresh_every="forward" its rows, which join
-        the union that the step updates."""
-        config = self.config
-        assert config is not None
-        if config.refresh_every != "forward":
-            return None
+        """Takes in what a forward added to its counters; returns its rows, int32, where it has rows
+        of its own."""
+        assert self.config is not None
         assert self.magnitude is not None
         assert self.tokens is not None
+        if totals is not self.magnitude:
+            if self.config.metric == "max_abs":
+                torch.maximum(self.magnitude, totals, out=self.magnitude)
+            else:
+                self.magnitude.add_(totals)
+            self.tokens.add_(tokens)
+        if self.config.refresh_every == "forward":
+            return self._select_for_forward(totals, tokens)
+        return None
+
+    def _select_for_forward(self, totals: Tensor, tokens: Tensor) -> Tensor:
+        """The rows of one forward, which join the union that the step updates. Where nothing can be
+        chosen they are those of the forward before."""
+        assert self.config is not None
         assert self.union is not None
-        if config.metric == "max_abs":
-            torch.maximum(self.magnitude, totals, out=self.magnitude)
-        else:
-            self.magnitude.add_(totals)
-        self.tokens.add_(tokens)
-        previous = self.rows if self.forward_rows is None else self.forward_rows
-        if previous is not None and previous.device != totals.device:
+        is_compiling = torch.compiler.is_compiling()
+        previous = self.forward_rows
+        if previous is None and (is_compiling or not is_capturing()):
+            previous = self.rows
+        if previous is not None:
             previous = previous.to(totals.device)
         (rows,), status = select_rows(
-            [totals], [tokens], [previous], *_ranking([self]), config.metric, [self.union]
+            [totals], [tokens], [previous], *_ranking([self]), self.config.metric, [self.union]
         )
-        if not torch.compiler.is_compiling() and not _is_remote(status):
+        if not is_compiling and not _is_remote(status):
             _warn_if(self, int(status))
-        self.forward_rows = rows
+        old = self.forward_rows
+        if old is None or old.shape != rows.shape or old.device != rows.device:
+            self.forward_rows = rows.clone()
+        else:  # in a place that stays, for replays of a captured forward
+            old.copy_(rows)
         return rows
 
     def move(self, channels: int, device: torch.device) -> None:
@@ -186,23 +206,16 @@ class Selection:
             self.magnitude, self.tokens = self.magnitude.to(device), self.tokens.to(device)
             self.union = self.union.to(device)
 
-    def take_union(self) -> Tensor:
-        """The channels that forwards selected since the last step, bool; then starts anew."""
-        assert self.union is not None
-        union = self.union.clone()
-        self.drop_union()
-        self.forget()
-        return union
-
     def drop_union(self) -> None:
         if self.union is not None:
             self.union.zero_()
 
-    def forget(self) -> None:
-        """Starts counting afresh."""
-        if self.magnitude is not None and self.tokens is not None:
-            self.magnitude.zero_()
-            self.tokens.zero_()
+
+def _forget(selections: Sequence[Selection]) -> None:
+    """They start counting afresh."""
+    counted = [t for s in selections for t in (s.magnitude, s.tokens) if t is not None]
+    if counted:
+        torch._foreach_zero_(counted)  # in a few launches on a GPU
 
 
 def selection_of(param: Tensor) -> Selection | None:
@@ -316,8 +329,7 @@ def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
         _select(members, wait=wait)
     for members in over_model.values():
         _select_over_model(members)
-    for selection in counting:
-        selection.forget()
+    _forget(counting)
 
 
 def _select(members: list[_Counted], *, wait: bool) -> None:
@@ -496,11 +508,14 @@ def _choose_unions(selections: list[Selection]) -> None:
     """refresh_every="forward": what the forwards selected is what the step updates."""
     if not selections:
         return
-    unions = _over_ranks([s.take_union() for s in selections], dist.ReduceOp.MAX)
+    mine = [s.union for s in selections if s.union is not None]
+    unions = _over_ranks(mine, dist.ReduceOp.MAX)
     sizes = [union.numel() for union in unions]
     # There and back once, for all of them.
     device = unions[0].device
     here = torch.cat([union.to(device) for union in unions]).cpu()
+    torch._foreach_zero_(mine)
+    _forget(selections)
     rows = [chosen.nonzero().squeeze(1).to(torch.int32) for chosen in torch.split(here, sizes)]
     there = torch.split(torch.cat(rows).to(device), [r.numel() for r in rows])
     for selection, union, chosen in zip(selections, unions, there, strict=True):

@@ -16,8 +16,15 @@ from torch.nn import functional as F
 
 from longact.backends import native
 from longact.kernels.channel_magnitude import METRICS, channel_magnitude, native_cpu, reference
-from longact.kernels.row_grad import row_grad
-from longact.kernels.topk_rows import topk_rows
+from longact.kernels.row_grad import linear_grads, row_grad
+from longact.kernels.topk_rows import (
+    CHOSEN,
+    NOT_COUNTED,
+    NOT_FINITE,
+    select_rows,
+    topk_rows,
+    topk_rows_over,
+)
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 needs_native = pytest.mark.skipif(native is None, reason="needs the native build")
@@ -163,7 +170,50 @@ def test_magnitude_reference_is_the_definition() -> None:
     assert reference(y, None, "max_abs").tolist() == [5.0, 4.0]
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_totals_add_up_in_the_tensors_given(metric: str) -> None:
+    ys, masks = torch.randn(3, 5, 4), torch.rand(3, 5) < 0.6
+    masks[0] = True
+    totals, tokens = torch.zeros(4), torch.tensor(0)
+    for y, mask in zip(ys, [None, *masks[1:]], strict=True):
+        assert channel_magnitude(y, mask, metric, out=totals, counted=tokens) is totals
+    expected = exact(ys.flatten(0, 1), masks.flatten(), metric)
+    assert_close(totals, expected, SUMS, metric)
+    assert int(tokens) == int(masks.sum())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_magnitude_under_vmap(metric: str) -> None:
+    """Its tensors have no memory that the native core could read."""
+    y = torch.randn(3, 5, 4)
+    totals = torch.func.vmap(lambda y: channel_magnitude(y, None, metric))(y)
+    for got, one in zip(totals, y, strict=True):
+        assert_close(got, exact(one, None, metric), SUMS, metric)
+
+
 Y = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2],
+        torch.zeros(3, device="meta"),
+    ],
+)  # fmt: skip
+def test_magnitude_refuses_totals_that_do_not_fit(out: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"out must be a contiguous float32 \[3\]"):
+        channel_magnitude(Y, out=out)
+
+
+@pytest.mark.parametrize(
+    "counted", [torch.tensor(0.0), torch.zeros(1).long(), torch.tensor(0, device="meta")]
+)
+def test_magnitude_refuses_counts_that_do_not_fit(counted: Tensor) -> None:
+    before = torch.zeros(3)
+    with pytest.raises(ValueError, match="counted must be an int64 scalar"):
+        channel_magnitude(Y, out=before, counted=counted)
+    assert not before.any()
 
 
 @pytest.mark.parametrize(
@@ -313,6 +363,75 @@ def test_row_grad_refuses_what_does_not_fit() -> None:
                 function(dy, x, torch.tensor(beyond, dtype=torch.int32))
 
 
+# ---- selecting for several projections -----------------------------------------------------------
+
+
+def test_select_rows_of_every_kind_of_projection() -> None:
+    """One by one by the definition; those that cannot be chosen keep what they had."""
+    totals = [torch.rand(12), torch.rand(6), torch.rand(8), torch.rand(8), torch.rand(4)]
+    totals[1][:] = 1.0  # ties
+    totals[2][5] = math.nan
+    totals[3][2] = math.inf
+    tokens = [torch.tensor(n) for n in (7, 7, 7, 0, 0)]
+    previous = [torch.tensor(r, dtype=torch.int32) for r in ([1, 2], [3, 4], [0, 1, 2])]
+    previous = [None, None, *previous]
+    for metric in METRICS:
+        unions = [torch.zeros_like(t, dtype=torch.bool) for t in totals]
+        rows, status = select_rows(
+            totals, tokens, previous, [2, 2, 2, 2, 2], [4, 6, 8, 8, 4], metric, unions
+        )
+        assert status.tolist() == [CHOSEN, CHOSEN, NOT_FINITE, NOT_COUNTED, NOT_COUNTED]
+        heads = totals[0].view(3, 4).tolist()
+        by_head = [4 * i + r for i, head in enumerate(heads) for r in brute_force(head, 2)]
+        assert [r.tolist() for r in rows[:4]] == [by_head, [0, 1], [1, 2], [3, 4]]
+        assert len(rows[4]) == 2  # three do not fit
+        assert all(r.dtype == torch.int32 for r in rows)
+        for union, row in zip(unions, rows, strict=True):
+            assert union.nonzero().flatten().tolist() == row.tolist()
+
+
+def test_magnitudes_are_means_before_they_are_ranked() -> None:
+    """Division makes ties, which then go to the lower index, and infinities."""
+    smallest = torch.tensor(1e-45)
+    totals = torch.stack([smallest, 2 * smallest, smallest * 0])
+    rows, _ = select_rows([totals], [torch.tensor(4)], [None], [1], [3], "mean_abs")
+    assert rows[0].tolist() == [0]  # all of them 0
+    rows, _ = select_rows([totals], [torch.tensor(4)], [None], [1], [3], "max_abs")
+    assert rows[0].tolist() == [1]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=4), st.data()
+)
+@settings(max_examples=40, deadline=None)
+def test_topk_over_several_projections(values: list[list[int]], data: st.DataObject) -> None:
+    together = [float(v) for projection in values for v in projection]
+    k = data.draw(st.integers(0, len(together)))
+    rows = topk_rows_over([torch.tensor(v).float() for v in values], k)
+    start, expected = 0, brute_force(together, k)
+    for projection, own in zip(values, rows, strict=True):
+        end = start + len(projection)
+        assert own.tolist() == [i - start for i in expected if start <= i < end]
+        assert own.dtype == torch.int32
+        start = end
+
+
+# ---- the gradients of a linear layer -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [[], [0], [1, 4], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_grads_are_the_row_gradient_in_its_place(bias: bool, rows: list[int]) -> None:
+    dy, x = torch.randn(6, 5), torch.randn(6, 3)
+    weight, of_bias = linear_grads(dy, x, torch.tensor(rows, dtype=torch.int32), bias)
+    others = [r for r in range(5) if r not in rows]
+    torch.testing.assert_close(weight[rows], (dy.t() @ x)[rows])
+    assert not weight[others].any()
+    if bias:
+        torch.testing.assert_close(of_bias[rows], dy.sum(0)[rows])
+        assert not of_bias[others].any()
+
+
 # ---- the ops -------------------------------------------------------------------------------------
 
 
@@ -336,6 +455,20 @@ def test_opcheck_of_row_grad(dtype: torch.dtype, requires_grad: bool) -> None:
     dy, x = (torch.randn(6, n).to(dtype).requires_grad_(requires_grad) for n in (5, 3))
     arguments = (dy, x, torch.tensor([1, 4], dtype=torch.int32))
     torch.library.opcheck(torch.ops.longact.row_grad.default, arguments)
+
+
+@pytest.mark.parametrize("previous", [None, torch.tensor([1, 2], dtype=torch.int32)])
+def test_opcheck_of_select_rows(previous: Tensor | None) -> None:
+    for head_dim, tokens in ((6, 3), (3, 3), (6, 0)):
+        arguments = (torch.rand(6), torch.tensor(tokens), previous, 2, head_dim, "rms")
+        torch.library.opcheck(torch.ops.longact.select_rows.default, arguments)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_of_linear_grads(bias: bool) -> None:
+    rows = torch.tensor([1, 4], dtype=torch.int32)
+    arguments = (torch.randn(6, 5), torch.randn(6, 3), rows, bias)
+    torch.library.opcheck(torch.ops.longact.linear_grads.default, arguments)
 
 
 def _magnitude(y: Tensor, mask: Tensor) -> Tensor:

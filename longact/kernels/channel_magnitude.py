@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longact.backends import DTYPE_CODES, native, runs_triton
+from longact.backends import DTYPE_CODES, is_plain, native, runs_triton
 
 #: Metric to its code in the native core (csrc/cpu_kernels.h).
 METRICS: dict[str, int] = {"mean_abs": 0, "rms": 1, "max_abs": 2}
@@ -70,7 +70,7 @@ def _is_for_triton(y: Tensor) -> bool:
 def _dispatch(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
     if _is_for_triton(y):
         return _triton(y, token_mask, metric)
-    if native is not None and y.device.type == "cpu" and y.dtype in DTYPE_CODES:
+    if native is not None and y.is_cpu and y.dtype in DTYPE_CODES and is_plain(y):
         return native_cpu(y, token_mask, metric)
     return reference(y, token_mask, metric)
 

@@ -61,7 +61,8 @@ def reduce_tokens(measured, METRIC: tl.constexpr):
         return tl.sum(measured, 0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "channels", "span"])
+# Not of `channels`: that it is a multiple of 16 lets the compiler read 16 bytes at a time.
+@triton.jit(do_not_specialize=["num_tokens", "span"])
 def _partials_kernel(
     y,
     token_mask,
@@ -161,10 +162,7 @@ def channel_magnitude(
         counted: int64 scalar.
     """
     num_tokens, channels = y.shape
-    blocks = triton.cdiv(channels, _CHANNELS)
-    parts = min(triton.cdiv(_PROGRAMS, max(blocks, 1)), triton.cdiv(num_tokens, _TOKENS))
-    span = triton.cdiv(triton.cdiv(num_tokens, max(parts, 1)), _TOKENS) * _TOKENS
-    parts = triton.cdiv(num_tokens, max(span, 1))
+    blocks, parts, span = cut(num_tokens, channels, _TOKENS, _CHANNELS, _PROGRAMS)
     mask = as_bytes(token_mask)
     partials = torch.empty(parts, channels, dtype=torch.float32, device=y.device)
     if partials.numel() > 0:
@@ -183,6 +181,17 @@ def channel_magnitude(
                 CHANNELS=_CHANNELS,
             )
     add_partials(partials, metric, out, mask, num_tokens, counted)
+
+
+def cut(
+    num_tokens: int, channels: int, tile_tokens: int, tile_channels: int, programs: int
+) -> tuple[int, int, int]:
+    """Blocks of channels, spans of tokens, and tokens of a span (whole tiles), for so many programs
+    or fewer."""
+    blocks = triton.cdiv(channels, tile_channels)
+    parts = min(triton.cdiv(programs, max(blocks, 1)), triton.cdiv(num_tokens, tile_tokens))
+    span = triton.cdiv(triton.cdiv(num_tokens, max(parts, 1)), tile_tokens) * tile_tokens
+    return blocks, triton.cdiv(num_tokens, max(span, 1)), span
 
 
 def as_bytes(token_mask: Tensor | None) -> Tensor | None:

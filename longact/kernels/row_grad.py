@@ -1,4 +1,5 @@
-"""`row_grad`: the weight gradient of a linear layer for selected output channels only."""
+"""`row_grad`: the weight gradient of a linear layer for selected output channels only;
+`linear_grads`: the same as rows of a gradient of full size, with the bias' rows."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from longact.backends import runs_triton
 
 
 def reference(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
@@ -64,3 +67,87 @@ def row_grad(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
     """
     _check(grad_output, input, rows)
     return reference(grad_output, input, rows)
+
+
+def linear_grads_reference(
+    grad_output: Tensor, input: Tensor, rows: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    rows = rows.long()  # index_copy wants int64
+    out_features = grad_output.shape[1]
+    compact = reference(grad_output, input, rows)
+    weight_grad = compact.new_zeros(out_features, input.shape[1]).index_copy_(0, rows, compact)
+    return weight_grad, row_sums(grad_output, rows) if bias else compact.new_empty(0)
+
+
+def row_sums(grad_output: Tensor, rows: Tensor) -> Tensor:
+    """`[out]`: the bias' gradient, 0 but in the selected rows."""
+    rows = rows.long()
+    selected = grad_output.index_select(1, rows).sum(0)
+    return selected.new_zeros(grad_output.shape[1]).index_copy_(0, rows, selected)
+
+
+def is_for_triton(grad_output: Tensor, input: Tensor, into: Tensor | None = None) -> bool:
+    """Whether the Triton kernels can compute it, and add it to the rows of `into`."""
+    grad = input if into is None else into
+    if not runs_triton(grad_output, input, grad):
+        return False
+    from longact.kernels import row_grad_triton
+
+    return row_grad_triton.supports(grad, grad_output, input)
+
+
+@torch.library.custom_op("longact::linear_grads", mutates_args=())
+def _linear_op(
+    grad_output: Tensor, input: Tensor, rows: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    return linear_grads(grad_output, input, rows, bias)
+
+
+@_linear_op.register_fake
+def _linear_fake(
+    grad_output: Tensor, input: Tensor, rows: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    out_features = grad_output.shape[1]
+    return (
+        input.new_empty(out_features, input.shape[1]),
+        grad_output.new_empty(out_features if bias else 0),
+    )
+
+
+def linear_grads(
+    grad_output: Tensor, input: Tensor, rows: Tensor, bias: bool, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of `y = x W^T + b`, which are 0 but in the selected rows.
+
+    Args:
+        grad_output: `[tokens, out]`.
+        input: `[tokens, in]`, the same dtype.
+        rows: int32 `[k]` output channels, ascending.
+        bias: whether the bias' gradient is wanted.
+        into: `[out, in]`: the weight's gradient so far, to whose rows this one is added in place.
+            Only where `is_for_triton`.
+
+    Returns:
+        `[out, in]` (`into`, if given) and `[out]` (empty without a bias). Differentiable again
+        where grad mode is on.
+    """
+    if torch.compiler.is_compiling():  # on the CPU it sees torch's own ops, to fuse them
+        compiled = _linear_op if runs_triton(grad_output, input) else linear_grads_reference
+        return compiled(grad_output, input, rows, bias)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() or not is_for_triton(grad_output, input, into):
+        return linear_grads_reference(grad_output, input, rows, bias)
+    from longact.kernels import row_grad_triton
+
+    out_features = grad_output.shape[1]
+    accumulate = into is not None
+    weight_grad = input.new_zeros(out_features, input.shape[1]) if into is None else into
+    bias_grad = grad_output.new_zeros(out_features if bias else 0)
+    row_grad_triton.row_grad_(
+        weight_grad,
+        grad_output,
+        input,
+        rows,
+        bias_grad if bias else None,
+        accumulate=accumulate,
+    )
+    return weight_grad, bias_grad
