@@ -6,6 +6,7 @@ native module, or the reason for its absence.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "DTYPE_CODES",
     "adamw_backend",
     "backends",
+    "cuda_capability",
     "is_capturing",
     "is_plain",
     "native",
@@ -117,6 +119,14 @@ def is_plain(*tensors: Tensor) -> bool:
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether Triton kernels can be launched on them."""
     return tensors[0].device.type in _TRITON_DEVICES and _has_triton and is_plain(*tensors)
+
+
+@functools.lru_cache
+def cuda_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU; None for others."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 _native_devices: set[torch.device] = set()

@@ -244,7 +244,7 @@ def test_shapes(
 @runs_kernels
 @pytest.mark.parametrize("config", ALL, ids=config_id)
 def test_every_configuration(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    capability = projection_triton._capability(torch.device(DEVICE))
+    capability = projection_triton.cuda_capability(torch.device(DEVICE))
     if DEVICE == "cuda" and config not in candidates(capability):
         pytest.skip("does not fit this GPU")
     load_by("descriptors" if config in CONFIGS["descriptors"] else "pointers", monkeypatch)
@@ -658,7 +658,7 @@ def test_heuristic_where_it_does_not_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(projection_triton, "_may_time", lambda _: False)
     monkeypatch.setattr(projection_triton, "candidates", candidates)
     chosen = projection_triton.tune(x, weights, [None], None, 0)
-    assert chosen == choose_config(65, 24, 16, projection_triton._capability(x.device))
+    assert chosen == choose_config(65, 24, 16, projection_triton.cuda_capability(x.device))
     assert len(timer.timed) == 3
 
 

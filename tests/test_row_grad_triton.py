@@ -214,6 +214,29 @@ def test_odd_shapes(method: str, tokens: int, out: int, in_features: int, k: int
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_the_rows_by_themselves(dtype: torch.dtype) -> None:
+    for tokens, out, in_features, k in (
+        (77, 50, 71, 21),
+        (1, 1, 1, 1),
+        (33, 9, 5, 0),
+        (0, 9, 5, 3),
+    ):
+        rows = pick(out, k)
+        grad_output, input = make_operands(tokens, out, in_features, rows, dtype)
+        found = row_grad_triton.row_grad(move(grad_output), move(input), move(rows)).cpu()
+        assert found.dtype == dtype
+        a, b = grad_output[:, rows.long()].double(), input.double()
+        bound = (torch.finfo(dtype).eps + 1e-5) * (a.abs().t() @ b.abs()) + 1e-12
+        assert found.shape == (k, in_features)
+        assert bool(((found.double() - a.t() @ b).abs() <= bound).all())
+    expanded = torch.ones(1, 1).expand(8, 6)  # as the gradient of a sum is
+    rows = pick(6, 2)
+    found = row_grad_triton.row_grad(move(expanded), move(torch.ones(8, 3)), move(rows))
+    assert found.tolist() == [[8.0] * 3] * 2
+
+
+@runs_kernels
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_bias(method: str) -> None:
     rows = pick(50, 21)

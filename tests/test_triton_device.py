@@ -362,7 +362,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     """Every projection is fused that can be."""
     rule = projection.Rule((0, 0), torch.float16, 10**6, 0, "a test")
     monkeypatch.setattr(projection, "RULES", (rule,))
-    monkeypatch.setattr(projection, "_capability", lambda device: (0, 0))
+    monkeypatch.setattr(projection, "cuda_capability", lambda device: (0, 0))
     return Calls(monkeypatch, "projection_triton", "project")
 
 
@@ -489,6 +489,27 @@ def test_checkpointing_changes_no_bit(every: Any) -> None:
         results.append((rows_of(handle), list(model.parameters())))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(p, q) for p, q in zip(results[0][1], results[1][1], strict=True))
+
+
+@runs_kernels
+def test_ops_give_the_results_of_torchs_own() -> None:
+    """And pass the library's check of schema, fake and autograd."""
+    ops = torch.ops.longact
+    y, x = torch.randn(9, 6, device=DEVICE), torch.randn(9, 4, device=DEVICE)
+    rows = torch.tensor([1, 4, 5], dtype=torch.int32, device=DEVICE)
+    tokens = torch.tensor(9, device=DEVICE)
+    calls = [
+        (ops.channel_magnitude, (y, torch.ones(9, device=DEVICE), "rms")),
+        (ops.topk_rows, (y, 2)),
+        (ops.select_rows, (y[0].abs(), tokens, rows, 3, 6, "mean_abs")),
+        (ops.row_grad, (y.clone().requires_grad_(), x.clone().requires_grad_(), rows)),
+        (ops.linear_grads, (y, x, rows, True)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments)
+        with without_triton():
+            expected = op(*arguments)
+        torch.testing.assert_close(op(*arguments), expected, rtol=1e-5, atol=1e-5)
 
 
 @runs_kernels

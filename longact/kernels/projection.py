@@ -3,7 +3,6 @@ Triton kernel that measures each tile before it leaves the registers."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longact.backends import runs_triton
+from longact.backends import cuda_capability, runs_triton
 from longact.kernels.channel_magnitude import METRICS, channel_magnitude
 
 
@@ -32,13 +31,6 @@ class Rule(NamedTuple):
 RULES: tuple[Rule, ...] = ()
 
 
-@functools.lru_cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(device)
-
-
 def fuses(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
     """Whether `projections` of these runs as one kernel, by RULES."""
     if not RULES or torch.compiler.is_compiling():
@@ -46,7 +38,7 @@ def fuses(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None])
     tensors = [x, *weights, *(bias for bias in biases if bias is not None)]
     if not runs_triton(*tensors):
         return False
-    capability = _capability(x.device)
+    capability = cuda_capability(x.device)
     if not any(
         rule.capability == capability
         and rule.dtype == x.dtype

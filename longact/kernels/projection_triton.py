@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from longact.backends import cuda_capability
 from longact.kernels.channel_magnitude_triton import (
     add_partials,
     as_bytes,
@@ -315,7 +316,7 @@ def _launch(
     token_tiles = triton.cdiv(num_tokens, config.block_tokens)
     channel_tiles = sum(triton.cdiv(n, config.block_channels) for n in channels)
     partials = torch.empty(token_tiles, sum(channels), dtype=torch.float32, device=x.device)
-    descriptors = _has_descriptors(_capability(x.device))
+    descriptors = _has_descriptors(cuda_capability(x.device))
 
     def blocks_of(matrix: Tensor, rows: int) -> Any:
         if not descriptors:
@@ -356,12 +357,6 @@ def _launch(
     return ys, partials
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(device)
-
-
 # ---- tuning --------------------------------------------------------------------------------------
 
 _fastest: dict[tuple[object, ...], Config] = {}
@@ -395,7 +390,7 @@ def tune(
     is captured, with deterministic algorithms. A trial writes to new memory only."""
     num_tokens, in_features = x.shape
     channels = tuple(w.shape[0] for w in weights)
-    capability = _capability(x.device)
+    capability = cuda_capability(x.device)
     key = (x.device, x.dtype, in_features, channels, triton.next_power_of_2(num_tokens))
     if not _may_time(x.device):
         return choose_config(num_tokens, in_features, sum(channels), capability)

@@ -16,10 +16,24 @@ def reference(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
     return grad_output.index_select(1, rows).t() @ input
 
 
+def is_for_triton(grad_output: Tensor, input: Tensor, into: Tensor | None = None) -> bool:
+    """Whether the Triton kernels can compute it, and add it to the rows of `into`."""
+    grad = input if into is None else into
+    if not runs_triton(grad_output, input, grad):
+        return False
+    from longact.kernels import row_grad_triton
+
+    return row_grad_triton.supports(grad, grad_output, input)
+
+
 @torch.library.custom_op("longact::row_grad", mutates_args=())
 def _op(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
     _check(grad_output, input, rows)
-    return reference(grad_output, input, rows)
+    if not is_for_triton(grad_output, input):
+        return reference(grad_output, input, rows)
+    from longact.kernels import row_grad_triton
+
+    return row_grad_triton.row_grad(grad_output, input, rows)
 
 
 @_op.register_fake
@@ -60,11 +74,13 @@ def row_grad(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
         rows: int32 `[k]` output channels.
 
     Returns:
-        `[k, in]` in input's dtype. Differentiable again, as it is made of torch's own ops.
+        `[k, in]` in input's dtype. Differentiable again.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
+    if runs_triton(grad_output, input):
+        return _op(grad_output, input, rows)  # type: ignore[no-any-return]
     _check(grad_output, input, rows)
     return reference(grad_output, input, rows)
 
@@ -84,16 +100,6 @@ def row_sums(grad_output: Tensor, rows: Tensor) -> Tensor:
     rows = rows.long()
     selected = grad_output.index_select(1, rows).sum(0)
     return selected.new_zeros(grad_output.shape[1]).index_copy_(0, rows, selected)
-
-
-def is_for_triton(grad_output: Tensor, input: Tensor, into: Tensor | None = None) -> bool:
-    """Whether the Triton kernels can compute it, and add it to the rows of `into`."""
-    grad = input if into is None else into
-    if not runs_triton(grad_output, input, grad):
-        return False
-    from longact.kernels import row_grad_triton
-
-    return row_grad_triton.supports(grad, grad_output, input)
 
 
 @torch.library.custom_op("longact::linear_grads", mutates_args=())

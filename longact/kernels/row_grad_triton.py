@@ -27,7 +27,16 @@ from torch import Tensor
 
 from longact.kernels.triton_common import dot_operand, from_fp32, on_device_of, to_fp32
 
-__all__ = ["BLOCKS", "Blocks", "Method", "choose_blocks", "choose_method", "row_grad_", "supports"]
+__all__ = [
+    "BLOCKS",
+    "Blocks",
+    "Method",
+    "choose_blocks",
+    "choose_method",
+    "row_grad",
+    "row_grad_",
+    "supports",
+]
 
 Method = Literal["gather", "fused"]
 
@@ -347,6 +356,44 @@ def row_grad_(
         launch(grad, grad_output, input, rows.contiguous(), bias_grad, accumulate)
 
 
+def row_grad(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
+    """`grad_output[:, rows]^T input`, `[k, in]`, by "gather"; arguments as of `row_grad_`."""
+    if grad_output.stride(1) != 1:
+        grad_output = grad_output.contiguous()
+    with on_device_of(grad_output):
+        packed, _ = _pack(grad_output, rows.contiguous(), None)
+        return torch.mm(packed.t(), input)[: rows.shape[0]]
+
+
+def _pack(
+    grad_output: Tensor, rows: Tensor, bias_grad: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The rows' columns side by side, `[tokens, k or more]`; and for `bias_grad` their sums over
+    parts of the tokens, fp32 `[k, parts]`."""
+    k, tokens = rows.shape[0], grad_output.shape[0]
+    vectors = triton.cdiv(k, _PACK_MULTIPLE)
+    tokens_per_part, parts = _divide(tokens, _MAX_PARTS, _PACK_TOKENS)
+    packed = grad_output.new_empty(tokens, vectors * _PACK_MULTIPLE)
+    bias_parts = _bias_parts(bias_grad, k, parts)
+    if k > 0:
+        _pack_kernel[(triton.cdiv(k, _PACK_ROWS), parts)](
+            grad_output,
+            grad_output.stride(0),
+            rows,
+            packed,
+            bias_parts,
+            tokens,
+            k,
+            vectors,
+            tokens_per_part,
+            HAS_BIAS=bias_grad is not None,
+            ROWS=_PACK_ROWS,
+            TOKENS=_PACK_TOKENS,
+            MULTIPLE=_PACK_MULTIPLE,
+        )
+    return packed, bias_parts
+
+
 def _gather(
     grad: Tensor,
     grad_output: Tensor,
@@ -355,26 +402,7 @@ def _gather(
     bias_grad: Tensor | None,
     accumulate: bool,
 ) -> None:
-    k, tokens = rows.shape[0], input.shape[0]
-    vectors = triton.cdiv(k, _PACK_MULTIPLE)
-    tokens_per_part, parts = _divide(tokens, _MAX_PARTS, _PACK_TOKENS)
-    packed = grad_output.new_empty(tokens, vectors * _PACK_MULTIPLE)
-    bias_parts = _bias_parts(bias_grad, k, parts)
-    _pack_kernel[(triton.cdiv(k, _PACK_ROWS), parts)](
-        grad_output,
-        grad_output.stride(0),
-        rows,
-        packed,
-        bias_parts,
-        tokens,
-        k,
-        vectors,
-        tokens_per_part,
-        HAS_BIAS=bias_grad is not None,
-        ROWS=_PACK_ROWS,
-        TOKENS=_PACK_TOKENS,
-        MULTIPLE=_PACK_MULTIPLE,
-    )
+    packed, bias_parts = _pack(grad_output, rows, bias_grad)
     product = torch.mm(packed.t(), input)
     _write_rows(product[None], grad, rows, bias_parts, bias_grad, accumulate)
 
