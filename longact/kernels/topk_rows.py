@@ -13,7 +13,8 @@ from longact.backends import runs_triton
 #: What `select_rows` came to: rows chosen; no token counted; a non-finite magnitude.
 CHOSEN, NOT_COUNTED, NOT_FINITE = 0, 1, 2
 
-_MAX_CHANNELS = 16_384  # that the Triton kernel ranks
+#: Channels that the Triton kernel ranks together, at most: one program holds them all.
+MAX_CHANNELS = 16_384
 
 
 def reference(magnitude: Tensor, k: int) -> Tensor:
@@ -28,7 +29,8 @@ def magnitude_of(total: Tensor, tokens: Tensor, metric: str) -> Tensor:
     if metric == "max_abs":
         return total
     mean = total / tokens
-    return mean.sqrt() if metric == "rms" else mean
+    # torch.sqrt is not rounded to nearest on every device; through fp64 it is, and ties are ties.
+    return mean.double().sqrt().float() if metric == "rms" else mean
 
 
 def status_of(magnitude: Tensor, tokens: Tensor) -> Tensor:
@@ -52,18 +54,18 @@ def select_reference(
 
 
 def _dispatch(magnitude: Tensor, k: int) -> Tensor:
-    if _is_for_triton(magnitude):
+    if _is_for_triton(magnitude, ranked=magnitude.shape[-1]):
         from longact.kernels import topk_rows_triton
 
         return topk_rows_triton.topk_rows(magnitude, k)
     return reference(magnitude, k)
 
 
-def _is_for_triton(magnitude: Tensor) -> bool:
+def _is_for_triton(*magnitudes: Tensor, ranked: int) -> bool:
     return (
-        runs_triton(magnitude)
-        and magnitude.dtype == torch.float32
-        and magnitude.shape[-1] <= _MAX_CHANNELS
+        runs_triton(*magnitudes)
+        and all(magnitude.dtype == torch.float32 for magnitude in magnitudes)
+        and ranked <= MAX_CHANNELS
     )
 
 
@@ -147,7 +149,7 @@ def select_rows(
         the largest all the same, NaN before the others.
     """
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and all(_is_for_triton(total) for total in totals):
+    if not is_compiling and _is_for_triton(*totals, ranked=max(head_dims)):
         from longact.kernels import topk_rows_triton
 
         return topk_rows_triton.select_rows(
@@ -173,7 +175,7 @@ def topk_rows_over(magnitudes: Sequence[Tensor], k: int) -> list[Tensor]:
     Returns:
         int32 rows of each, ascending; ties go to the earlier projection, then the lower index.
     """
-    if all(_is_for_triton(magnitude) for magnitude in magnitudes):
+    if _is_for_triton(*magnitudes, ranked=0):  # any number of channels
         from longact.kernels import topk_rows_triton
 
         padded, counts = topk_rows_triton.topk_rows_over(magnitudes, k)
