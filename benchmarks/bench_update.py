@@ -617,7 +617,7 @@ def host_goal(tables: dict[str, Table]) -> Goal:
 
 
 def find_gpu_goals(tables: dict[str, Table]) -> list[Goal]:
-    """The update's; the layers' ops have no GPU kernels yet, and no goals here."""
+    """The update's; those of the layers' ops are bench_projection.py's."""
     goals = []
     table = tables["C"]
     for keep, share in ((1.0, 0.92), (0.3, 0.85)):

@@ -4,8 +4,9 @@
     python benchmarks/gpu_report.py --dry-run    # the same path on a machine without a GPU
 
 Writes benchmarks/results/<gpu>-<date>-<commit>.json and .md: the machine, what each phase came to,
-and the tables of bench_update.py. A phase that fails or takes too long does not stop the others;
-the exit code is then 1. Goals that are not reached are stated and do not change it.
+and the tables of bench_update.py and bench_projection.py. A phase that fails or takes too long does
+not stop the others; the exit code is then 1. Goals that are not reached are stated and do not
+change it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +35,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOTAL_SECONDS = 530.0
 TAIL = 40  # lines of a phase's output are kept
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+TRITON_TESTS = [
+    "test_channel_magnitude_triton.py",
+    "test_topk_rows_triton.py",
+    "test_row_grad_triton.py",
+    "test_projection_triton.py",
+    "test_masked_adamw_triton.py",
+    "test_triton_device.py",
+]
 Report = dict[str, Any]
 
 
@@ -163,15 +174,25 @@ def sanitizer_phase(tool: str, dry_run: bool) -> Phase:
 
 def bench_phase(dtype: str, folder: Path, dry_run: bool) -> Phase:
     command = [sys.executable, "benchmarks/bench_update.py", "--dtype", dtype]
-    command += ["--json", str(folder / f"{dtype}.json")]
+    command += ["--json", str(folder / f"{dtype}.json"), "--keep", "1", "0.3"]
     if dry_run:
         command += ["--device", "cpu", "--max-elements", "200000", "--rounds", "1"]
-        command += ["--keep", "1", "0.3", "--tokens", "16", "--large", "1"]
+        command += ["--tokens", "16", "--large", "1"]
     else:
         command += ["--device", "cuda"]
         if dtype != "float32":
-            command += ["--keep", "1", "0.3", "--no-compile"]
+            command += ["--no-compile"]
     return Phase(f"bench {dtype}", command, 120)
+
+
+def projection_phase(folder: Path, dry_run: bool) -> Phase:
+    command = [sys.executable, "benchmarks/bench_projection.py"]
+    command += ["--json", str(folder / "projection.json")]
+    if dry_run:
+        command += ["--device", "cpu", "--tokens", "64", "--rounds", "1"]
+    else:
+        command += ["--device", "cuda", "--dtype", "bfloat16"]
+    return Phase("bench projection", command, 110)
 
 
 def make_phases(args: argparse.Namespace, folder: Path) -> list[Phase]:
@@ -180,31 +201,20 @@ def make_phases(args: argparse.Namespace, folder: Path) -> list[Phase]:
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     install += ["--target", str(args.target)] if args.target else []
     no_build = "dry run" if dry else "--skip-build" if args.skip_build else ""
+    this = [python, "benchmarks/gpu_report.py"]
     return [
-        Phase("build", [*install, "."], 200, {"LONGACT_CUDA": "1"}, skip=no_build),
-        Phase(
-            "environment",
-            [python, "benchmarks/gpu_report.py", "--print-environment", str(folder / "env.json")],
-            60,
-        ),
+        Phase("build", [*install, "."], 150, {"LONGACT_CUDA": "1"}, skip=no_build),
+        Phase("environment", [*this, "--print-environment", str(folder / "env.json")], 60),
         Phase(
             "tests",
-            [
-                python,
-                "-m",
-                "pytest",
-                "-m",
-                "gpu",
-                "-q",
-                "--continue-on-collection-errors",
-                "-p",
-                "no:cacheprovider",
-            ],
-            230,
+            [*PYTEST, "-m", "gpu", "--continue-on-collection-errors"],
+            150,
             # Not the root, where Python would find longact's sources in place of the installed one.
             cwd=ROOT / "tests",
         ),
+        Phase("triton tests", [*this, *(["--dry-run"] if dry else []), "--triton-tests"], 150),
         bench_phase("float32", folder, dry),
+        projection_phase(folder, dry),
         Phase(
             "exercise",
             [python, "benchmarks/exercise_kernel.py", "--device", "cpu" if dry else "cuda"],
@@ -214,6 +224,32 @@ def make_phases(args: argparse.Namespace, folder: Path) -> list[Phase]:
         sanitizer_phase("racecheck", dry),
         bench_phase("bfloat16", folder, dry),
     ]
+
+
+def run_triton_tests(dry_run: bool) -> int:
+    """The Triton kernels' tests, which run on a GPU where there is one. Each file in a process of
+    its own, as most of their time one processor compiles; what compiles for other GPUs is left out.
+    """
+    command = [*PYTEST, "-k", "not compile or compiled_model"]
+    if dry_run:
+        command.append("--collect-only")
+
+    def run(file: str) -> tuple[str, int, list[str]]:
+        done = subprocess.run(
+            [*command, file], cwd=ROOT / "tests", capture_output=True, text=True, check=False
+        )
+        return file, done.returncode, (done.stdout + done.stderr).rstrip().splitlines()
+
+    bad = 0
+    with ThreadPoolExecutor(len(TRITON_TESTS)) as pool:
+        for result in as_completed([pool.submit(run, file) for file in TRITON_TESTS]):
+            file, code, lines = result.result()
+            if code:
+                bad += 1
+                print("\n".join(lines[-TAIL // 2 :]))
+            print(f"{file}: {lines[-1] if lines else code}", flush=True)
+    print(f"{bad} of {len(TRITON_TESTS)} files failed")
+    return 1 if bad else 0
 
 
 # ---- what ran where ------------------------------------------------------------------------------
@@ -422,6 +458,49 @@ def bench_lines(name: str, bench: Report) -> list[str]:
     return lines
 
 
+def projection_table_lines(found: Report) -> list[str]:
+    rows = []
+    for group in found["groups"]:
+        tokens = "" if group["tokens"] is None else f", {group['tokens']} tokens"
+        for line in group["lines"]:
+            ms, host = line["ms"], line["host_ms"]
+            rate = [("TFLOP/s", line["tflop_per_s"]), ("GB/s", line["gb_per_s"])]
+            rows.append(
+                (
+                    group["what"] + tokens,
+                    line["variant"],
+                    in_ms(ms["median"]),
+                    f"{in_ms(ms['q1'])} to {in_ms(ms['q3'])}",
+                    "".join(f"{value:.0f} {unit}" for unit, value in rate if value),
+                    f"{line['ratio']['median']:.3f}",
+                    f"{line['ratio']['q1']:.3f} to {line['ratio']['q3']:.3f}",
+                    "" if host is None else in_ms(host["median"]),
+                    "" if host is None else f"{line['host_ratio']['median']:.3f}",
+                )
+            )
+    header = ("", "", "ms", "quartiles", "rate", "of the first's time", "quartiles",
+              "host, ms", "of the first's")  # fmt: skip
+    lines = [f"### {found['key']}. {found['title']}", ""]
+    for note in found["notes"]:
+        lines += [note + ".", ""]
+    return [*lines, *table(header, rows), ""]
+
+
+def projection_lines(bench: Report) -> list[str]:
+    arguments = bench["arguments"]
+    lines = [f"## Measured, q and k projections, {arguments['dtype']}", ""]
+    lines += [f"Model shapes: {bench['model']['name']}; keep {arguments['keep']:g}.", ""]
+    for cut in bench["cuts"]:
+        lines += [cut + ".", ""]
+    if bench["goals"]:
+        lines += [*goal_lines(bench["goals"]), ""]
+    for found in bench["tables"]:
+        lines += projection_table_lines(found)
+    if bench["advice"]:
+        lines += ["What that says about longact's rules:", "", "```", *bench["advice"], "```", ""]
+    return lines
+
+
 def to_markdown(report: Report) -> str:
     """The report as a page; a dry run's shows no figure."""
     dry = report["dry_run"]
@@ -440,6 +519,8 @@ def to_markdown(report: Report) -> str:
     for name, bench in report["benches"].items():
         if bench is not None:
             lines += bench_lines(name, bench)
+    if report["projection"] is not None:
+        lines += projection_lines(report["projection"])
     for phase in report["phases"]:
         if phase["status"] in ("failed", "timed out"):
             lines += [f"## Last lines of {phase['name']}", "", "```"]
@@ -476,6 +557,7 @@ def run_report(args: argparse.Namespace) -> Report:
             progress(f"{phase.name}: {outcome.status} {outcome.note}".rstrip())
             outcomes.append(outcome)
         benches = {d: read_json(folder / f"{d}.json") for d in ("float32", "bfloat16")}
+        projection = read_json(folder / "projection.json")
         env = read_json(folder / "env.json")
     return {
         "dry_run": args.dry_run,
@@ -485,6 +567,7 @@ def run_report(args: argparse.Namespace) -> Report:
         "environment": env,
         "phases": [asdict(outcome) for outcome in outcomes],
         "benches": dict.fromkeys(benches) if args.dry_run else benches,
+        "projection": None if args.dry_run else projection,
     }
 
 
@@ -512,10 +595,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=TOTAL_SECONDS,
         help="for all phases together (default: %(default)g)")  # fmt: skip
     add("--print-environment", type=Path, help=argparse.SUPPRESS)
+    add("--triton-tests", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.target:
         args.target = args.target.absolute()
-    if args.print_environment is None:
+    if args.print_environment is None and not args.triton_tests:
         args.gpu = gpu_name()
         if args.gpu is None and not args.dry_run:
             parser.error(
@@ -531,6 +615,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.print_environment is not None:
         return print_environment(args.print_environment)
+    if args.triton_tests:
+        return run_triton_tests(args.dry_run)
     report = run_report(args)
     folder = args.out
     if folder is None:

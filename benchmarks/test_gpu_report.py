@@ -60,6 +60,34 @@ def test_a_sanitizer_that_refuses_the_device_is_no_failure() -> None:
     assert run_phase(phase, 30.0).status == "failed"
 
 
+def test_triton_tests_run_file_by_file_and_a_bad_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_good.py").write_text(
+        "def test_a_compiled_model(): pass\n"
+        "def test_kernel(): pass\n"
+        "def test_kernel_compiles(): assert False\n"
+    )
+    (tests / "test_bad.py").write_text("def test_kernel(): assert 1 == 2\n")
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_report, "TRITON_TESTS", ["test_good.py"])
+    assert gpu_report.main(["--triton-tests"]) == 0
+    assert "test_good.py: 2 passed, 1 deselected" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_report, "TRITON_TESTS", ["test_good.py", "test_bad.py"])
+    assert gpu_report.main(["--triton-tests"]) == 1
+    out = capsys.readouterr().out
+    assert "assert 1 == 2" in out
+    assert "test_bad.py: 1 failed" in out
+    assert out.endswith("1 of 2 files failed\n")
+
+
+def test_the_triton_tests_are_all_there_are() -> None:
+    files = {path.name for path in (gpu_report.ROOT / "tests").glob("test_*triton*.py")}
+    assert files == set(gpu_report.TRITON_TESTS)
+
+
 @pytest.mark.parametrize("option", ["--kernel-name", "--kernel-regex", ""])
 def test_the_sanitizer_looks_at_our_kernel_alone(option: str, tmp_path: Path) -> None:
     fake = tmp_path / "bin" / "compute-sanitizer"
@@ -137,6 +165,42 @@ def bench(dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bench_projection() -> dict[str, Any]:
+    """What bench_projection.py writes, with made-up figures."""
+
+    def line(variant: str, ms: float, host: float | None = None, **rates: float) -> dict[str, Any]:
+        def around(value: float) -> dict[str, float]:
+            return {"median": value, "q1": value * 0.9, "q3": value * 1.1}
+
+        return {
+            "variant": variant, "baseline": "F.linear", "ms": around(ms), "ratio": around(ms / 2.0),
+            "tflop_per_s": rates.get("tflop"), "gb_per_s": rates.get("gb"),
+            "host_ms": None if host is None else around(host),
+            "host_ratio": None if host is None else around(host / 0.5),
+        }  # fmt: skip
+
+    forward = {
+        "what": "q_proj", "shape": [4096, 4096], "tokens": 4096, "rounds": 25, "judged": [],
+        "lines": [line("F.linear", 2.0, tflop=400.4), line("alone", 0.5, gb=1000.2)],
+    }  # fmt: skip
+    topk = {
+        "what": "all", "shape": [], "tokens": None, "rounds": 25, "judged": [],
+        "lines": [line("one call", 4.0, 1.0)],
+    }  # fmt: skip
+    return {
+        "arguments": {"dtype": "bfloat16", "keep": 0.3},
+        "model": {"name": "qwen3-8b"},
+        "cuts": ["Tokens: 1024 in place of 4096"],
+        "goals": [{"text": "A: statistics", "measured": 0.021, "limit": 0.03, "at_least": False,
+                   "unit": " %", "reached": True}],
+        "tables": [
+            {"key": "A", "title": "Forward", "notes": [], "groups": [forward]},
+            {"key": "C", "title": "Top-k", "notes": ["1 launch"], "groups": [topk]},
+        ],
+        "advice": ["choose_method: as it is"],
+    }  # fmt: skip
+
+
 @pytest.fixture
 def report() -> dict[str, Any]:
     return {
@@ -157,6 +221,7 @@ def report() -> dict[str, Any]:
              "seconds": 100.0, "note": "", "tail": ["E   assert a | b", "1 failed, 9 passed"]},
         ],
         "benches": {"float32": bench("float32"), "bfloat16": None},
+        "projection": bench_projection(),
     }  # fmt: skip
 
 
@@ -178,15 +243,27 @@ def test_the_page_has_the_machine_the_phases_the_goals_and_the_tables(
         "Not installed, so not compared: apex.",
         "### C. 4 projections",
         "| longact | 0.2500 | 0.2475 to 0.2525 | 1111 | 90.0% | 4.00x | 0.0 |",
+        "## Measured, q and k projections, bfloat16",
+        "| A: statistics | 2.10 % | <= 3 % | reached |",
+        "Tokens: 1024 in place of 4096.",
+        "| q_proj, 4096 tokens | F.linear | 2.00 | 1.80 to 2.20 | 400 TFLOP/s "
+        "| 1.000 | 0.900 to 1.100 |  |  |",
+        "| q_proj, 4096 tokens | alone | 0.5000 | 0.4500 to 0.5500 | 1000 GB/s "
+        "| 0.250 | 0.225 to 0.275 |  |  |",
+        "1 launch.",
+        "| all | one call | 4.00 | 3.60 to 4.40 |  | 2.000 | 1.800 to 2.200 | 1.00 | 2.000 |",
+        "choose_method: as it is",
         "## Last lines of tests",
         "E   assert a | b",
     ):
         assert line in page.splitlines(), line
-    assert "bfloat16" not in page
+    assert "Measured, bfloat16" not in page
 
 
 def test_a_page_without_an_environment_still_comes(report: dict[str, Any]) -> None:
-    report.update(environment=None, benches={"float32": None, "bfloat16": None}, dirty=None)
+    report.update(
+        environment=None, benches={"float32": None, "bfloat16": None}, projection=None, dirty=None
+    )
     page = to_markdown(report)
     assert "# longact on a GPU" in page
     assert "abc123, state not known" in page
@@ -220,14 +297,16 @@ def test_dry_run_goes_through_every_phase_and_claims_nothing(tmp_path: Path) -> 
     report = json.loads(data.read_text())
     status = {phase["name"]: phase["status"] for phase in report["phases"]}
     assert status == {
-        "build": "not run", "environment": "ok", "tests": "ok", "bench float32": "ok",
-        "exercise": "ok", "memcheck": "not run", "racecheck": "not run", "bench bfloat16": "ok",
+        "build": "not run", "environment": "ok", "tests": "ok", "triton tests": "ok",
+        "bench float32": "ok", "bench projection": "ok", "exercise": "ok", "memcheck": "not run",
+        "racecheck": "not run", "bench bfloat16": "ok",
     }  # fmt: skip
     tests = next(phase for phase in report["phases"] if phase["name"] == "tests")
     assert "skipped" in tests["tail"][-1]
     assert report["dry_run"]
     assert report["environment"]["gpu"] is None
     assert report["benches"] == {"float32": None, "bfloat16": None}
+    assert report["projection"] is None
     text = page.read_text()
     assert text.startswith("# Dry run without a GPU")
     assert "GB/s" not in text + data.read_text()

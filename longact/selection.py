@@ -184,8 +184,9 @@ class Selection:
         if previous is not None:
             previous = previous.to(totals.device)
         (rows,), status = select_rows(
-            [totals], [tokens], [previous], *_ranking([self]), self.config.metric, [self.union]
+            [totals], [tokens], [previous], *_ranking([self]), self.config.metric
         )
+        self.union.index_fill_(0, rows.long(), True)
         if not is_compiling and not _is_remote(status):
             _warn_if(self, int(status))
         old = self.forward_rows

@@ -376,9 +376,8 @@ def test_select_rows_of_every_kind_of_projection() -> None:
     previous = [torch.tensor(r, dtype=torch.int32) for r in ([1, 2], [3, 4], [0, 1, 2])]
     previous = [None, None, *previous]
     for metric in METRICS:
-        unions = [torch.zeros_like(t, dtype=torch.bool) for t in totals]
         rows, status = select_rows(
-            totals, tokens, previous, [2, 2, 2, 2, 2], [4, 6, 8, 8, 4], metric, unions
+            totals, tokens, previous, [2, 2, 2, 2, 2], [4, 6, 8, 8, 4], metric
         )
         assert status.tolist() == [CHOSEN, CHOSEN, NOT_FINITE, NOT_COUNTED, NOT_COUNTED]
         heads = totals[0].view(3, 4).tolist()
@@ -386,8 +385,6 @@ def test_select_rows_of_every_kind_of_projection() -> None:
         assert [r.tolist() for r in rows[:4]] == [by_head, [0, 1], [1, 2], [3, 4]]
         assert len(rows[4]) == 2  # three do not fit
         assert all(r.dtype == torch.int32 for r in rows)
-        for union, row in zip(unions, rows, strict=True):
-            assert union.nonzero().flatten().tolist() == row.tolist()
 
 
 def test_magnitudes_are_means_before_they_are_ranked() -> None:

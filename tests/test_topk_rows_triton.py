@@ -225,7 +225,6 @@ class Projections:
         ]
         self.tokens = [3 + i for i in range(len(sizes))]
         self.previous: list[Tensor | None] = [None for _ in sizes]
-        self.unions: list[Tensor | None] | None = None
 
     def keep_previous(self) -> list[Tensor]:
         previous = [
@@ -246,7 +245,6 @@ class Projections:
             [k for _, _, k in self.sizes],
             [head_dim for _, head_dim, _ in self.sizes],
             metric,
-            self.unions,
         )
         assert status.dtype == torch.int32
         assert all(r.dtype == torch.int32 and r.is_contiguous() for r in rows)
@@ -395,24 +393,6 @@ def test_previous_rows_of_another_length_do_not_stay() -> None:
 
 
 @runs_kernels
-def test_unions_grow() -> None:
-    projections = Projections([(1, 40, 9), (4, 8, 2), (1, 16, 5)])
-    previous = torch.tensor([0, 3, 5, 9, 15], dtype=torch.int32)
-    projections.previous[2] = previous
-    projections.tokens[2] = 0
-    union, kept = (torch.zeros(n, dtype=torch.bool, device=DEVICE) for n in (40, 16))
-    union[[1, 39]] = True
-    projections.unions = [union, None, kept]
-    first = projections.select()[0][0].tolist()
-    assert union.nonzero().flatten().tolist() == sorted({1, 39, *first})
-    assert kept.nonzero().flatten().tolist() == previous.tolist()
-    projections.totals[0] = make("random", 40, seed=9).abs()
-    second = projections.select()[0][0].tolist()
-    assert set(second) - {1, 39, *first}
-    assert union.nonzero().flatten().tolist() == sorted({1, 39, *first, *second})
-
-
-@runs_kernels
 def test_nothing_to_select() -> None:
     rows, status = topk_rows_triton.select_rows([], [], [], [], [], "rms")
     assert rows == []
@@ -462,12 +442,9 @@ def test_nothing_waits_for_the_device() -> None:
     previous = projections.keep_previous()
     totals = [t.to(DEVICE) for t in projections.totals]
     tokens = [torch.tensor(t, device=DEVICE) for t in (5, 0)]
-    unions = [torch.zeros(n, dtype=torch.bool, device=DEVICE) for n in (40, 32)]
     here = [p.to(DEVICE) % 8 for p in previous]
     with no_reads_by_the_host():
-        rows, status = topk_rows_triton.select_rows(
-            totals, tokens, here, [9, 2], [40, 8], "rms", unions
-        )
+        rows, status = topk_rows_triton.select_rows(totals, tokens, here, [9, 2], [40, 8], "rms")
         one = topk_rows_triton.topk_rows(totals[0], 4)
         over, counts = topk_rows_triton.topk_rows_over(totals, 11)
     assert status.tolist() == [0, 1]

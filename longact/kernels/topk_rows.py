@@ -34,23 +34,19 @@ def magnitude_of(total: Tensor, tokens: Tensor, metric: str) -> Tensor:
 
 
 def status_of(magnitude: Tensor, tokens: Tensor) -> Tensor:
-    """int32 scalar: whether rows can be chosen by it, and why not."""
-    spoiled = torch.where(torch.isfinite(magnitude).all(), CHOSEN, NOT_FINITE)
+    """int32 `[...]` of `[..., channels]`: whether rows can be chosen by them, and why not."""
+    spoiled = torch.where(torch.isfinite(magnitude).all(-1), CHOSEN, NOT_FINITE)
     return torch.where(tokens == 0, NOT_COUNTED, spoiled).to(torch.int32)
 
 
 def select_reference(
-    total: Tensor, tokens: Tensor, previous: Tensor | None, k: int, head_dim: int, metric: str
+    totals: Tensor, tokens: Tensor, k: int, head_dim: int, metric: str
 ) -> tuple[Tensor, Tensor]:
-    """`select_rows` of one projection."""
-    magnitude = magnitude_of(total, tokens, metric)
-    rows = reference(magnitude.view(-1, head_dim), k)
-    first = torch.arange(0, total.shape[0], head_dim, dtype=torch.int32, device=rows.device)
-    rows = (rows + first[:, None]).flatten()
-    status = status_of(magnitude, tokens)
-    if previous is not None and previous.shape == rows.shape:
-        rows = torch.where(status == CHOSEN, rows, previous)
-    return rows, status
+    """Rows and states of projections of one size, from totals `[projections, channels]`."""
+    magnitude = magnitude_of(totals, tokens[:, None], metric)
+    rows = reference(magnitude.view(len(totals), -1, head_dim), k)
+    first = torch.arange(0, totals.shape[1], head_dim, dtype=torch.int32, device=rows.device)
+    return (rows + first[:, None]).flatten(1), status_of(magnitude, tokens)
 
 
 def _dispatch(magnitude: Tensor, k: int) -> Tensor:
@@ -111,7 +107,7 @@ def topk_rows(magnitude: Tensor, k: int) -> Tensor:
 def _select_op(
     total: Tensor, tokens: Tensor, previous: Tensor | None, k: int, head_dim: int, metric: str
 ) -> tuple[Tensor, Tensor]:
-    rows, status = select_rows([total], [tokens], [previous], [k], [head_dim], metric)
+    rows, status = _select([total], [tokens], [previous], [k], [head_dim], metric)
     return rows[0], status[0].clone()
 
 
@@ -123,6 +119,34 @@ def _select_fake(
     return total.new_empty(rows, dtype=torch.int32), total.new_empty((), dtype=torch.int32)
 
 
+def _select(
+    totals: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    previous: Sequence[Tensor | None],
+    counts: Sequence[int],
+    head_dims: Sequence[int],
+    metric: str,
+) -> tuple[list[Tensor], Tensor]:
+    if _is_for_triton(*totals, ranked=max(head_dims)):
+        from longact.kernels import topk_rows_triton
+
+        return topk_rows_triton.select_rows(totals, tokens, previous, counts, head_dims, metric)
+    sizes: dict[tuple[int, int, int], list[int]] = {}  # what can be ranked in one call
+    for i, (total, k, head_dim) in enumerate(zip(totals, counts, head_dims, strict=True)):
+        sizes.setdefault((total.shape[0], k, head_dim), []).append(i)
+    rows, states = list(totals), list(totals)
+    for (_, k, head_dim), members in sizes.items():
+        ranked = torch.stack([totals[i] for i in members])
+        over = torch.stack([tokens[i] for i in members])
+        chosen = select_reference(ranked, over, k, head_dim, metric)
+        for i, new, state in zip(members, *chosen, strict=True):
+            old = previous[i]
+            keeps = old is not None and old.shape == new.shape
+            rows[i] = torch.where(state == CHOSEN, new, old) if keeps else new  # type: ignore[arg-type]
+            states[i] = state
+    return rows, torch.stack(states)
+
+
 def select_rows(
     totals: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -130,7 +154,6 @@ def select_rows(
     counts: Sequence[int],
     head_dims: Sequence[int],
     metric: str,
-    unions: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The rows of largest magnitude of each of some projections; nothing is read by the host.
 
@@ -141,27 +164,16 @@ def select_rows(
         counts: how many channels of each head are chosen.
         head_dims: how many channels are ranked together: those of a head, or of the projection.
         metric: `"mean_abs"`, `"rms"` or `"max_abs"`.
-        unions: bool `[channels]` each, set at the rows that come out.
 
     Returns:
         int32 rows of each, ascending; and their states, int32 `[projections]`: CHOSEN, NOT_COUNTED
         or NOT_FINITE. Where it is not CHOSEN they are the previous rows, if there are as many; else
         the largest all the same, NaN before the others.
     """
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and _is_for_triton(*totals, ranked=max(head_dims)):
-        from longact.kernels import topk_rows_triton
-
-        return topk_rows_triton.select_rows(
-            totals, tokens, previous, counts, head_dims, metric, unions
-        )
-    select = _select_op if is_compiling else select_reference
-    chosen = [
-        select(*each, metric)
-        for each in zip(totals, tokens, previous, counts, head_dims, strict=True)
-    ]
-    for union, (rows, _) in zip(unions or (), chosen, strict=unions is not None):
-        union.index_fill_(0, rows.long(), True)
+    if not torch.compiler.is_compiling():
+        return _select(totals, tokens, previous, counts, head_dims, metric)
+    each = zip(totals, tokens, previous, counts, head_dims, strict=True)
+    chosen = [_select_op(*one, metric) for one in each]
     return [rows for rows, _ in chosen], torch.stack([status for _, status in chosen])
 
 

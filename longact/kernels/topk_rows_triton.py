@@ -406,7 +406,6 @@ def select_rows(
     counts: Sequence[int],
     head_dims: Sequence[int],
     metric: str,
-    unions: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The largest channels of many projections on one device, chosen there in one launch.
 
@@ -419,7 +418,6 @@ def select_rows(
         head_dims: channels that are ranked together, at most `MAX_CHANNELS`: a head, or all of the
             projection.
         metric: `"mean_abs"`, `"rms"` or `"max_abs"`.
-        unions: bool `[channels]` or None: set to True at the rows that come out.
 
     Returns:
         Rows: of each projection int32 `[channels / head_dim * k]`, ascending; views of one buffer.
@@ -461,11 +459,7 @@ def select_rows(
             METRIC=METRICS[metric],
             **tile,
         )
-    rows = list(buffer.split(pieces)[::2])
-    for union, chosen in zip(unions or (), rows, strict=unions is not None):
-        if union is not None:
-            union.index_fill_(0, chosen.long(), True)
-    return rows, status
+    return list(buffer.split(pieces)[::2]), status
 
 
 @functools.lru_cache(maxsize=256)
