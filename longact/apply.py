@@ -95,10 +95,7 @@ class LongAct:
             selection, device = layer.selection, layer.weight.device
             rows = saved[name]["rows"]
             set_rows(layer.weight, None if rows is None else rows.to(device))
-            for key in ("magnitude", "tokens"):
-                value = saved[name][key]
-                if value is not None:
-                    setattr(selection, key, value.to(device, copy=True))
+            selection.restore(selection.rows, saved[name]["magnitude"], saved[name]["tokens"])
             selection.steps = saved[name]["steps"]
 
     def remove(self) -> None:
@@ -195,6 +192,7 @@ def apply(
         blocks.setdefault(name.rpartition(".")[0], []).append(layer)
     for layers in blocks.values():
         shared = SharedInput(layers if len(layers) == 2 else ())
+        counted.shared.append(shared)
         for layer in layers:
             layer.shared = shared
     handle._hooks = [
@@ -217,6 +215,9 @@ def _check_entry(entry: Any, layer: SalientLinear) -> None:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} is a {type(value).__name__}, not a tensor")
+        dtype = {"magnitude": torch.float32, "tokens": torch.int64}.get(key, value.dtype)
+        if value.dtype != dtype:
+            raise ValueError(f"{key} is {value.dtype}, not {dtype}")
         if shape is not None and tuple(value.shape) != shape:
             raise ValueError(
                 f"{key} has shape {[*value.shape]}, the projection has {layer.out_features} "

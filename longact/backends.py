@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,7 @@ __all__ = [
     "native",
     "native_error",
     "runs_triton",
+    "triton_error",
 ]
 
 #: Storage types of the native core (csrc/dtypes.h).
@@ -111,14 +113,40 @@ _has_triton = importlib.util.find_spec("triton") is not None
 def is_plain(*tensors: Tensor) -> bool:
     """Whether kernels may read their memory, which tensors under function transforms, DTensors,
     fake tensors and other wrappers do not have."""
-    return not torch._C._are_functorch_transforms_active() and all(
-        type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors
+    if any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._are_functorch_transforms_active() and not any(
+        torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
     )
+
+
+@functools.lru_cache
+def triton_error(device: torch.device) -> str | None:
+    """Why Triton kernels do not run there: no Triton, no compiler for its launcher, an old GPU."""
+    if not _has_triton:
+        return "Triton is not installed"
+    try:
+        from longact.kernels import triton_common
+
+        triton_common.try_launch(device)
+    except Exception as error:  # whatever it is, torch's own ops do the work
+        why = f"Triton does not run on {device}: {type(error).__name__}: {error}".split("\n")[0]
+        warnings.warn(f"{why}; longact uses torch's own ops, which are slower", stacklevel=4)
+        return why
+    return None
 
 
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether Triton kernels can be launched on them."""
-    return tensors[0].device.type in _TRITON_DEVICES and _has_triton and is_plain(*tensors)
+    device = tensors[0].device
+    return (
+        device.type in _TRITON_DEVICES
+        and is_plain(*tensors)
+        # Compiled code calls ops, which ask again when they run.
+        and (torch.compiler.is_compiling() or triton_error(device) is None)
+    )
 
 
 @functools.lru_cache
@@ -170,6 +198,8 @@ def backends() -> dict[str, dict[str, str]]:
     if not torch.cuda.is_available():
         no_device = "; torch finds no CUDA device"
         cuda, triton = cuda + no_device, triton + no_device
+    elif error := triton_error(torch.device("cuda", torch.cuda.current_device())):
+        triton = f"reference: {error}"
     return {
         "masked_adamw_": {"cpu": cpu, "cuda": cuda},
         "channel_magnitude": {"cpu": cpu, "cuda": triton},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,17 +22,18 @@ class CountedForward:
     """Says which forwards count, and which of their tokens.
 
     Its hooks stand on the module whose forward sees the attention mask. What counts is decided
-    there,
-    once for a whole forward: in training mode with gradients enabled. A layer that activation
-    checkpointing runs again in the backward runs outside of that forward, and so is not counted
-    twice; the reentrant kind's first run, without gradients inside a forward with them, is counted.
+    there, once for a whole forward: in training mode with gradients enabled. A layer that
+    activation checkpointing runs again in the backward runs outside of that forward, and so is not
+    counted twice; the reentrant kind's first run, without gradients inside a forward with them, is
+    counted.
     """
 
     def __init__(self, mask_position: int | None) -> None:
         self.mask_position = mask_position  # of attention_mask among the forward's arguments
         self.active = False
         self.mask: Tensor | None = None
-        self._flat_masks: dict[torch.Size, Tensor] = {}  # for outputs of a shape
+        self._flat_masks: dict[tuple[torch.Size, torch.device], Tensor] = {}  # of an output's kind
+        self.shared: list[SharedInput] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.active = module.training and torch.is_grad_enabled()
@@ -47,6 +49,8 @@ class CountedForward:
         self.active = False
         self.mask = None
         self._flat_masks.clear()
+        for shared in self.shared:
+            shared.clear()
 
     def token_mask(self, y: Tensor) -> Tensor | None:
         """The mask `[tokens]` for an output `[batch, sequence, channels]` of this forward."""
@@ -54,21 +58,20 @@ class CountedForward:
             return None
         if torch.compiler.is_compiling():
             return self._flat_mask(self.mask, y)
-        if y.shape[:-1] not in self._flat_masks:
-            self._flat_masks[y.shape[:-1]] = self._flat_mask(self.mask, y)
-        return self._flat_masks[y.shape[:-1]]
+        key = (y.shape[:-1], y.device)
+        if key not in self._flat_masks:
+            self._flat_masks[key] = self._flat_mask(self.mask, y)
+        return self._flat_masks[key]
 
     def _flat_mask(self, mask: Tensor, y: Tensor) -> Tensor:
         if y.dim() == 3 and mask.shape[0] == y.shape[0] and mask.shape[1] > y.shape[1]:
-            mask = mask[
-                :, -y.shape[1] :
-            ]  # with a key/value cache the mask covers earlier tokens too
+            mask = mask[:, -y.shape[1] :]  # with a key/value cache it covers earlier tokens too
         if mask.numel() != y.numel() // y.shape[-1]:
             raise ValueError(
                 f"attention_mask has shape {[*mask.shape]}, which does not fit a projection's "
                 f"output of shape {[*y.shape]}: longact cannot tell which tokens are padding"
             )
-        return (mask != 0).flatten()
+        return (mask != 0).flatten().to(y.device)
 
 
 class _Output(NamedTuple):
@@ -82,13 +85,18 @@ class SharedInput:
     kernel computes both when the first is called, and the other takes what lies ready."""
 
     def __init__(self, layers: Sequence[SalientLinear] = ()) -> None:
-        self._layers = tuple(layers)
+        self._layers = [weakref.ref(layer) for layer in layers]  # they hold this
         self._is_shared = True  # until a layer is found to read another input
         self._input: tuple[Tensor | None, int] = (None, 0)  # what `_ready` is of, and its version
         self._ready: dict[SalientLinear, _Output] = {}
 
     def __reduce__(self) -> tuple[type[SharedInput], tuple[()]]:
         return SharedInput, ()  # a copy of one layer does not bring the other
+
+    def clear(self) -> None:
+        """What nobody took is not kept alive."""
+        self._input = (None, 0)
+        self._ready.clear()
 
     def output(
         self, layer: SalientLinear, input: Tensor, weight: Tensor, bias: Tensor | None
@@ -98,14 +106,18 @@ class SharedInput:
         if last is input and version == input._version and layer in self._ready:
             ready = self._ready.pop(layer)
             if not self._ready:
-                self._input = (None, 0)
+                self.clear()
             return ready
         if self._ready:
             self._is_shared = False
-            self._ready.clear()
+            self.clear()
         x = input.reshape(-1, input.shape[-1])
-        others = [other for other in self._layers if other is not layer and self._is_shared]
-        others = [o for o in others if fuses(x, [weight, o.weight], [bias, o.bias])]
+        others = [other for ref in self._layers if (other := ref()) not in (None, layer)]
+        others = [
+            other
+            for other in others
+            if self._is_shared and fuses(x, [weight, other.weight], [bias, other.bias])
+        ]
         counters = [layer.selection.counters(x.device)]
         counters += [other.selection.counters(x.device, apart=True) for other in others]
         assert layer.counted is not None
@@ -141,9 +153,12 @@ class _RowGradLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, bias, rows, _ = inputs
         # rows stays off save_for_backward: activation checkpointing compares what both runs save.
-        ctx.save_for_backward(input, weight)
+        ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None)
         ctx.rows = rows
         ctx.has_bias = bias is not None
+        # Hooks on saved tensors (activation checkpointing, save_on_cpu) give a copy of the weight,
+        # which has no .grad.
+        ctx.leaf = weight if weight.is_leaf else None
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,20 +172,20 @@ class _RowGradLinear(torch.autograd.Function):
         flat_input = input.reshape(-1, input.shape[-1])
         needs_bias = needs_bias and ctx.has_bias
         if needs_weight:
-            so_far = _grad_so_far(weight, flat, flat_input)
+            so_far = _grad_so_far(ctx.leaf, flat, flat_input)
             grad_weight, grad_bias = linear_grads(flat, flat_input, ctx.rows, needs_bias, so_far)
             if so_far is not None:
-                grad_weight = _nothing_to_add(weight)
+                grad_weight = _nothing_to_add(so_far)
         elif needs_bias:
             grad_bias = row_sums(flat, ctx.rows)
         return grad_input, grad_weight, grad_bias if needs_bias else None, None, None
 
 
-def _grad_so_far(weight: Tensor, grad_output: Tensor, input: Tensor) -> Tensor | None:
+def _grad_so_far(weight: Tensor | None, grad_output: Tensor, input: Tensor) -> Tensor | None:
     """The gradient that earlier micro-batches left in `weight.grad`, if this one may be added to
     its rows in place: autograd would first fill a gradient of full size with zeros, then add all of
     it."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not weight.is_leaf:
+    if weight is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     grad = weight.grad
     if grad is None or weight._backward_hooks or not is_for_triton(grad_output, input, grad):
@@ -182,11 +197,11 @@ def _grad_so_far(weight: Tensor, grad_output: Tensor, input: Tensor) -> Tensor |
         return None
 
 
-def _nothing_to_add(weight: Tensor) -> Tensor:
+def _nothing_to_add(grad: Tensor) -> Tensor:
     """A sparse gradient without entries: autograd's accumulation and its hooks run, at no cost."""
-    indices = torch.empty(1, 0, dtype=torch.int64, device=weight.device)
-    values = weight.new_empty(0, *weight.shape[1:])
-    return torch.sparse_coo_tensor(indices, values, weight.shape, check_invariants=False)
+    indices = torch.empty(1, 0, dtype=torch.int64, device=grad.device)
+    values = grad.new_empty(0, *grad.shape[1:])
+    return torch.sparse_coo_tensor(indices, values, grad.shape, check_invariants=False)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -273,6 +288,11 @@ class SalientLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         selection, counted = self.selection, self.counted
         counts = counted is not None and counted.active
+        if counts and "_is_replica" in self.__dict__:
+            raise NotImplementedError(
+                f"{selection.name}: torch.nn.DataParallel's copies of a model cannot count for it: "
+                "use DistributedDataParallel (torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         by_forward = selection.config is not None and selection.config.refresh_every == "forward"
         if counts and by_forward and not torch.is_grad_enabled():
             raise NotImplementedError(
@@ -323,7 +343,7 @@ class SalientLinear(nn.Linear):
             out=totals,
             counted=tokens,
         )
-        return self.selection.counted(totals, tokens)
+        return self.selection.take(totals, tokens)
 
     def _project(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
@@ -334,5 +354,5 @@ class SalientLinear(nn.Linear):
             y = F.linear(input, weight, bias)
             return y, self._observe(y)
         flat, totals, tokens = self.shared.output(self, input, weight, bias)
-        rows = self.selection.counted(totals, tokens)
+        rows = self.selection.take(totals, tokens)
         return flat.view(*input.shape[:-1], flat.shape[-1]), rows

@@ -1,8 +1,8 @@
 """Which rows are trained, and how they are chosen from what the forwards counted.
 
 A `Selection` belongs to one projection (or to one parameter, set by hand) and hangs on its
-parameters; `longact.FusedMaskedAdam` reads it there. Data flows one way: `Selection.observe` counts
-activations, `before_step` and `after_step` turn them into rows at the step boundary.
+parameters; `longact.FusedMaskedAdam` reads it there. Data flows one way: forwards add to its
+counters, `before_step` and `after_step` turn them into rows at the step boundary.
 """
 
 from __future__ import annotations
@@ -89,17 +89,28 @@ class Selection:
     tokens: Tensor | None = None  # int64: counted tokens since the last refresh
     steps: int = 0  # optimizer steps since the last refresh
     warned: bool = False
-    report: tuple[_Report, int] | None = None  # of the last refresh on a GPU, and our place in it
-    # refresh_every="forward": rows of the last forward, int32; and of any since the last step, bool
-    # [channels].
+    report: _Report | None = None  # of the refreshes on a GPU that this selection is the first of
+    captured: int | None = None  # rows that a captured backward reads at each replay
+    # refresh_every="forward": rows of the last forward, int32; those of any since the last step,
+    # bool [channels]; and whether one of these met a non-finite magnitude, bool.
     forward_rows: Tensor | None = None
     union: Tensor | None = None
+    spoiled: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy gets a buffer and a report of its own.
-        return {**self.__dict__, "buffer": None, "report": None}
+        # A copy gets a buffer and a report of its own, and is in no captured graph.
+        return {**self.__dict__, "buffer": None, "report": None, "captured": None}
 
     def choose(self, rows: Tensor | None) -> None:
+        if self.captured is not None and (rows is None or rows.numel() != self.captured):
+            warnings.warn(
+                f"{self.name or 'a parameter'}: a captured backward computes the gradient of "
+                f"{self.captured} rows, and now there are "
+                f"{'all' if rows is None else rows.numel()}: capture it again",
+                LongActWarning,
+                stacklevel=3,
+            )
+            self.captured = None
         self.rows = rows
         if self.buffer is not None:
             self._fill_buffer()
@@ -131,22 +142,24 @@ class Selection:
 
     def rows_now(self, param: Tensor) -> Tensor | None:
         """The rows; while a CUDA graph is captured in the place that its replays find them in."""
-        if torch.compiler.is_compiling() or not param.is_cuda or not is_capturing():
+        by_forward = self.config is not None and self.config.refresh_every == "forward"
+        if by_forward or torch.compiler.is_compiling():
             return self.rows
-        if self.rows is None:
-            return None
-        if not self.has_buffer(param):
+        if not param.is_cuda or not is_capturing() or (self.rows is None and self.config is None):
+            return self.rows
+        if self.rows is None or not self.has_buffer(param):
             raise RuntimeError(
                 f"{self.name or 'a parameter'}: a graph that is captured needs its rows in a place "
                 "that stays: construct FusedMaskedAdam with capturable=True and call step() once "
                 "before the capture"
             )
         assert self.buffer is not None
-        return self.buffer[1 : 1 + self.rows.numel()]
+        self.captured = self.rows.numel()
+        return self.buffer[1 : 1 + self.captured]
 
     def counters(self, device: torch.device, *, apart: bool = False) -> tuple[Tensor, Tensor]:
         """Where a forward adds its totals, fp32 `[channels]`, and its tokens, int64: the running
-        ones, or new ones where it has rows of its own, or is to stand `apart` until `counted`."""
+        ones, or new ones where it has rows of its own, or is to stand `apart` until `take`."""
         assert self.config is not None
         assert self.magnitude is not None
         if self.magnitude.device != device:
@@ -156,7 +169,7 @@ class Selection:
             return torch.zeros_like(self.magnitude), torch.zeros_like(self.tokens)
         return self.magnitude, self.tokens
 
-    def counted(self, totals: Tensor, tokens: Tensor) -> Tensor | None:
+    def take(self, totals: Tensor, tokens: Tensor) -> Tensor | None:
         """Takes in what a forward added to its counters; returns its rows, int32, where it has rows
         of its own."""
         assert self.config is not None
@@ -176,47 +189,64 @@ class Selection:
         """The rows of one forward, which join the union that the step updates. Where nothing can be
         chosen they are those of the forward before."""
         assert self.config is not None
+        assert self.forward_rows is not None
         assert self.union is not None
-        is_compiling = torch.compiler.is_compiling()
-        previous = self.forward_rows
-        if previous is None and (is_compiling or not is_capturing()):
-            previous = self.rows
-        if previous is not None:
-            previous = previous.to(totals.device)
+        assert self.spoiled is not None
         (rows,), status = select_rows(
-            [totals], [tokens], [previous], *_ranking([self]), self.config.metric
+            [totals], [tokens], [self.forward_rows], *_ranking([self]), self.config.metric
         )
+        # In places that stay, for replays of a captured forward.
+        self.forward_rows.copy_(rows)
         self.union.index_fill_(0, rows.long(), True)
-        if not is_compiling and not _is_remote(status):
+        self.spoiled.logical_or_(status[0] == NOT_FINITE)
+        if not torch.compiler.is_compiling() and not _is_remote(status):
             _warn_if(self, int(status))
-        old = self.forward_rows
-        if old is None or old.shape != rows.shape or old.device != rows.device:
-            self.forward_rows = rows.clone()
-        else:  # in a place that stays, for replays of a captured forward
-            old.copy_(rows)
         return rows
 
     def move(self, channels: int, device: torch.device) -> None:
-        """Puts what is counted on the device that the activations are on."""
-        if self.magnitude is None or self.tokens is None:
+        """Makes what is counted, or puts it on the device that the activations are on."""
+        if self.magnitude is None or self.magnitude.is_meta:
             self.magnitude = torch.zeros(channels, dtype=torch.float32, device=device)
             self.tokens = torch.zeros((), dtype=torch.int64, device=device)
             self.union = torch.zeros(channels, dtype=torch.bool, device=device)
+            self.spoiled = torch.zeros((), dtype=torch.bool, device=device)
+            (k,), (head_dim,) = _ranking([self])
+            first = torch.arange(0, channels, head_dim, dtype=torch.int32, device=device)
+            offset = torch.arange(k, dtype=torch.int32, device=device)
+            self.forward_rows = (first[:, None] + offset).flatten()
         else:
-            assert self.union is not None
-            self.magnitude, self.tokens = self.magnitude.to(device), self.tokens.to(device)
-            self.union = self.union.to(device)
+            for name in ("magnitude", "tokens", "union", "spoiled", "forward_rows"):
+                setattr(self, name, getattr(self, name).to(device))
+
+    def restore(self, rows: Tensor | None, magnitude: Tensor | None, tokens: Tensor | None) -> None:
+        """What a checkpoint has, into the places that captured graphs know."""
+        assert self.magnitude is not None
+        assert self.tokens is not None
+        if magnitude is not None and tokens is not None:
+            self.magnitude.copy_(magnitude)
+            self.tokens.copy_(tokens)
+        self.drop_union()
+        last = self.forward_rows
+        if rows is not None and last is not None and rows.shape == last.shape:
+            last.copy_(rows)
 
     def drop_union(self) -> None:
-        if self.union is not None:
+        if self.union is not None and self.spoiled is not None:
             self.union.zero_()
+            self.spoiled.zero_()
+
+
+def _zero(tensors: Iterable[Tensor | None]) -> None:
+    """Of one dtype: in a few launches on a GPU."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if present:
+        torch._foreach_zero_(present)
 
 
 def _forget(selections: Sequence[Selection]) -> None:
     """They start counting afresh."""
-    counted = [t for s in selections for t in (s.magnitude, s.tokens) if t is not None]
-    if counted:
-        torch._foreach_zero_(counted)  # in a few launches on a GPU
+    _zero(s.magnitude for s in selections)
+    _zero(s.tokens for s in selections)
 
 
 def selection_of(param: Tensor) -> Selection | None:
@@ -296,7 +326,7 @@ def _ranking(selections: Sequence[Selection]) -> tuple[list[int], list[int]]:
     return counts, head_dims
 
 
-class _Counted(NamedTuple):
+class _Totals(NamedTuple):
     """What a selection is chosen from, over all ranks."""
 
     selection: Selection
@@ -316,16 +346,16 @@ def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
     waits for the device; the warning then comes with a later refresh. With scope="model", where
     the number of rows changes, they are read all the same.
     """
-    ranked: dict[object, list[_Counted]] = {}  # those that go together
-    over_model: dict[object, list[_Counted]] = {}
+    ranked: dict[object, list[_Totals]] = {}  # those that go together
+    over_model: dict[object, list[_Totals]] = {}
     counting = [s for s in selections if s.config is not None and s.magnitude is not None]
-    for counted in _over_all_ranks(counting):
-        config = counted.selection.config
+    for totals in _over_all_ranks(counting):
+        config = totals.selection.config
         assert config is not None
         if config.scope == "model":
-            over_model.setdefault((config, counted.selection.kind), []).append(counted)
+            over_model.setdefault((config, totals.selection.kind), []).append(totals)
         else:
-            ranked.setdefault((config.metric, counted.total.device), []).append(counted)
+            ranked.setdefault((config.metric, totals.total.device), []).append(totals)
     for members in ranked.values():
         _select(members, wait=wait)
     for members in over_model.values():
@@ -333,7 +363,7 @@ def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
     _forget(counting)
 
 
-def _select(members: list[_Counted], *, wait: bool) -> None:
+def _select(members: list[_Totals], *, wait: bool) -> None:
     """Scopes "layer" and "head": all projections on a device at once."""
     selections = [member.selection for member in members]
     config = selections[0].config
@@ -373,7 +403,7 @@ def _previous(selection: Selection, device: torch.device) -> Tensor | None:
     return None if rows is None else rows.to(device)
 
 
-def _select_over_model(members: list[_Counted]) -> None:
+def _select_over_model(members: list[_Totals]) -> None:
     """Scope "model": the channels of all projections of a kind are ranked together."""
     config = members[0].selection.config
     assert config is not None
@@ -398,41 +428,53 @@ def _is_remote(tensor: Tensor) -> bool:
 
 
 class _Report:
-    """The states of some selections, on their way from their device."""
+    """How the refreshes of some selections on a GPU went, on its way to the host."""
 
-    def __init__(self, status: Tensor) -> None:
-        self.status = torch.empty(status.shape, dtype=status.dtype, pin_memory=status.is_cuda)
-        self.status.copy_(status, non_blocking=True)
-        self._event = None
+    def __init__(self, selections: Sequence[Selection], status: Tensor) -> None:
+        self.selections = list(selections)
+        self._worst = torch.zeros_like(status)  # since the last one was sent
+        self._sent = torch.zeros(status.shape, dtype=status.dtype, pin_memory=status.is_cuda)
+        self._is_sent = False
+        self._arrival: torch.Event | None = None
+
+    def add(self, status: Tensor) -> None:
+        """Warns of what has arrived, and sends the next; nothing is dropped on the way."""
+        torch.maximum(self._worst, status, out=self._worst)
+        if self._is_sent:
+            if self._arrival is not None and not self._arrival.query():
+                return
+            for selection, code in zip(self.selections, self._sent.tolist(), strict=True):
+                _warn_if(selection, code)
+        self._sent.copy_(self._worst, non_blocking=True)
+        self._is_sent = True
         if not status.is_cpu:
-            self._event = torch.Event(status.device)
-            self._event.record(torch.accelerator.current_stream(status.device))
-
-    def arrived(self) -> bool:
-        return self._event is None or bool(self._event.query())
+            self._arrival = torch.Event(status.device)
+            self._arrival.record(torch.accelerator.current_stream(status.device))
+        self._worst.zero_()
 
 
 def _report(selections: Sequence[Selection], status: Tensor) -> None:
-    """Warns of what the last report said, and sends for the next."""
     if is_capturing():  # a captured step has no events and no pinned memory
         return
-    for selection in selections:
-        if selection.report is not None and selection.report[0].arrived():
-            report, index = selection.report
-            _warn_if(selection, int(report.status[index]))
-    report = _Report(status)
-    for index, selection in enumerate(selections):
-        selection.report = (report, index)
+    report = selections[0].report
+    is_theirs = report is not None and len(report.selections) == len(selections)
+    if (
+        report is None
+        or not is_theirs
+        or any(mine is not its for mine, its in zip(selections, report.selections, strict=True))
+    ):
+        report = selections[0].report = _Report(selections, status)
+    report.add(status)
 
 
-def _over_all_ranks(selections: list[Selection]) -> list[_Counted]:
+def _over_all_ranks(selections: list[Selection]) -> list[_Totals]:
     totals: dict[int, tuple[Tensor, Tensor]] = {}
     for is_max in (False, True):
         mine = [s for s in selections if (s.config and s.config.metric == "max_abs") == is_max]
         tensors = [t for s in mine for t in (s.magnitude, s.tokens) if t is not None]
         flat = iter(_over_ranks(tensors, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM))
         totals |= {id(s): (next(flat), next(flat)) for s in mine}
-    return [_Counted(s, *totals[id(s)]) for s in selections]
+    return [_Totals(s, *totals[id(s)]) for s in selections]
 
 
 def _over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
@@ -479,12 +521,21 @@ def _choose(selection: Selection, rows: Tensor) -> None:
 def _check_capturable(selection: Selection) -> None:
     config = selection.config
     assert config is not None
-    if config.refresh_every not in (0, 1) or config.scope == "model" or selection.rows is None:
+    rows = selection.rows
+    if config.refresh_every not in (0, 1) or config.scope == "model" or rows is None:
         raise RuntimeError(
             f"{selection.name}: a captured step selects at every replay or never: use "
             "refresh_every=1 or 0 with scope='layer' or 'head', and call step() before the "
             f"capture (refresh_every={config.refresh_every!r}, scope={config.scope!r}, "
-            f"{'no' if selection.rows is None else 'with'} rows)"
+            f"{'no' if rows is None else 'with'} rows)"
+        )
+    assert selection.magnitude is not None
+    (k,), (head_dim,) = _ranking([selection])
+    chosen = selection.magnitude.shape[0] // head_dim * k
+    if config.refresh_every == 1 and rows.numel() != chosen:
+        raise RuntimeError(
+            f"{selection.name}: {rows.numel()} rows were set by hand, and a step chooses {chosen}: "
+            "call step() before the capture, or use refresh_every=0"
         )
 
 
@@ -510,14 +561,19 @@ def _choose_unions(selections: list[Selection]) -> None:
     if not selections:
         return
     mine = [s.union for s in selections if s.union is not None]
+    spoiled = [s.spoiled.view(1) for s in selections if s.spoiled is not None]
     unions = _over_ranks(mine, dist.ReduceOp.MAX)
     sizes = [union.numel() for union in unions]
     # There and back once, for all of them.
     device = unions[0].device
-    here = torch.cat([union.to(device) for union in unions]).cpu()
-    torch._foreach_zero_(mine)
+    here = torch.cat([flags.to(device) for flags in (*unions, *spoiled)]).cpu()
+    _zero(mine)
+    _zero(spoiled)
     _forget(selections)
-    rows = [chosen.nonzero().squeeze(1).to(torch.int32) for chosen in torch.split(here, sizes)]
+    *here_unions, are_spoiled = torch.split(here, [*sizes, len(spoiled)])
+    for selection, is_spoiled in zip(selections, are_spoiled.tolist(), strict=True):
+        _warn_if(selection, NOT_FINITE if is_spoiled else CHOSEN)
+    rows = [chosen.nonzero().squeeze(1).to(torch.int32) for chosen in here_unions]
     there = torch.split(torch.cat(rows).to(device), [r.numel() for r in rows])
     for selection, union, chosen in zip(selections, unions, there, strict=True):
         if chosen.numel() > 0:

@@ -484,6 +484,7 @@ def test_supports() -> None:
     assert supports(torch.zeros(5, 12)[:, :9], grad_output.t(), input)
     assert not supports(grad.t().contiguous().t(), grad_output, input)
     assert supports(torch.zeros(5, 2)[:, :1].as_strided((5, 1), (2, 2)), grad_output, input[:, :1])
+    assert not supports(torch.zeros(1, 9).expand(5, 9), grad_output, input)
     assert not supports(grad.double(), grad_output.double(), input.double())
     assert not supports(grad, grad_output.bfloat16(), input)
     assert not supports(grad.double(), grad_output, input)

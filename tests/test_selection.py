@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import math
 import weakref
@@ -368,6 +369,36 @@ def test_a_failed_forward_ends_the_counting() -> None:
     handle.refresh()
     model(input_ids=ids)
     assert counted(handle)[2:] == [24, 24]
+
+
+def test_a_model_is_freed_without_the_garbage_collector() -> None:
+    model = tiny_model()
+    handle = longact.apply(model)
+    forward_backward(model, token_ids())
+    weight = weakref.ref(handle.projections[Q0].weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, handle
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_may_get_its_memory_after_apply() -> None:
+    with torch.device("meta"):
+        model = Masked()
+        longact.apply(model, targets="q_proj", refresh_every="forward")
+    model.to_empty(device="cpu")
+    model(torch.randn(5, 4)).sum().backward()
+    assert int(model.q_proj.selection.tokens) == 5
+
+
+def test_data_parallel_copies_of_a_layer_are_refused() -> None:
+    model, _ = masked()
+    model.q_proj._is_replica = True  # as torch.nn.DataParallel marks its copies
+    with pytest.raises(NotImplementedError, match=r"q_proj: .*DistributedDataParallel"):
+        model(torch.randn(5, 4))
 
 
 def test_masks_are_not_kept_alive() -> None:
@@ -990,6 +1021,46 @@ def test_a_remote_refresh_keeps_rows_and_warns_later(
     assert rows_of(handle)[K1] != previous[K1]
 
 
+def test_a_report_that_arrives_late_is_not_lost() -> None:
+    """The host may be several refreshes ahead of the GPU."""
+
+    class Arrival:
+        here = False
+
+        def query(self) -> bool:
+            return self.here
+
+    selections = [longact.selection.Selection(name=name) for name in "ab"]
+    report = longact.selection._Report(selections, torch.zeros(2, dtype=torch.int32))
+    report.add(torch.tensor([0, 0], dtype=torch.int32))
+    report._arrival = arrival = Arrival()  # type: ignore[assignment]
+    report.add(torch.tensor([0, 2], dtype=torch.int32))
+    report.add(torch.tensor([0, 0], dtype=torch.int32))
+    arrival.here = True
+    report.add(torch.tensor([1, 0], dtype=torch.int32))  # what it hears of is all right; sends more
+    with pytest.warns(longact.LongActWarning, match=r"^b: non-finite") as warned:
+        report.add(torch.tensor([0, 0], dtype=torch.int32))
+    assert len(warned) == 1
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_remote_forward_selection_warns_at_the_step() -> None:
+    model, handle = masked(refresh_every="forward")
+    optimizer = longact.FusedMaskedAdam(model.parameters(), lr=0.0)
+    x = torch.randn(5, 4)
+    model(x).sum().backward()
+    optimizer.step()
+    rows = rows_of(handle)
+    x[2, 1] = math.inf
+    model(x)
+    with pytest.warns(longact.LongActWarning, match="q_proj") as warned:
+        optimizer.step()
+    assert len(warned) == 1
+    assert rows_of(handle) == rows
+    model(torch.randn(5, 4))
+    optimizer.step()  # forgotten by then
+
+
 @pytest.mark.usefixtures("remote")
 def test_a_remote_refresh_without_tokens_keeps_rows_in_silence() -> None:
     model = tiny_model()
@@ -1005,6 +1076,68 @@ def test_a_remote_refresh_without_tokens_keeps_rows_in_silence() -> None:
     assert rows_of(handle)[K1] == [0, 7]
     train_step(model, optimizer, token_ids(seed=5))
     assert len(rows_of(handle)[K1]) == len(previous[K1])
+
+
+# ---- captured into a graph: what replays find must stay where it is ------------------------------
+
+
+class OnGpu:
+    """As much of a parameter on a GPU as a selection asks for."""
+
+    is_cuda, device, shape = True, torch.device("cpu"), (8, 4)
+
+
+def test_a_captured_backward_reads_its_rows_from_the_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = masked()
+    selection, param = model.q_proj.selection, OnGpu()
+    monkeypatch.setattr(longact.selection, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"q_proj: .* capturable=True and call step\(\) once"):
+        selection.rows_now(param)  # a dense gradient would be replayed for ever
+    longact.set_rows(model.q_proj.weight, [1, 4])
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        selection.rows_now(param)
+    selection.buffer_for(param)
+    rows = selection.rows_now(param)
+    assert rows.tolist() == [1, 4]
+    longact.set_rows(model.q_proj.weight, [0, 7])
+    assert rows.tolist() == [0, 7]
+    with pytest.warns(longact.LongActWarning, match="gradient of 2 rows, and now there are 3"):
+        longact.set_rows(model.q_proj.weight, [0, 1, 2])
+    longact.set_rows(model.q_proj.weight, [0])  # says so once for each capture
+
+
+def test_a_captured_step_wants_as_many_rows_as_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for every in (0, 1):
+        model, _ = masked(refresh_every=every)
+        monkeypatch.setattr(longact.selection, "is_capturing", lambda: True)
+        longact.set_rows(model.q_proj.weight, [1])  # and 2 of 8 are chosen
+        if every == 0:
+            longact.selection.before_step([model.q_proj.selection])
+        else:
+            with pytest.raises(RuntimeError, match=r"1 rows were set by hand, .* chooses 2"):
+                longact.selection.before_step([model.q_proj.selection])
+
+
+@pytest.mark.parametrize("every", [1, "forward"])
+def test_what_is_counted_stays_in_its_place(every: Any) -> None:
+    model, handle = masked(refresh_every=every)
+    optimizer = longact.FusedMaskedAdam(model.parameters())
+    selection = model.q_proj.selection
+
+    def places() -> list[int]:
+        names = ("magnitude", "tokens", "union", "spoiled", "forward_rows")
+        return [getattr(selection, name).data_ptr() for name in names]
+
+    before = places()
+    for _ in range(3):
+        model(torch.randn(5, 4)).sum().backward()
+        optimizer.step()
+    model(torch.randn(5, 4))
+    handle.load_state_dict(copy.deepcopy(handle.state_dict()))
+    assert places() == before
+    assert not selection.union.any()  # forwards before it do not join the next step
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
@@ -1028,6 +1161,20 @@ def test_a_compiled_projection_selects_as_eager(every: Any) -> None:
         assert rows_of(compiled_model[1]) == rows_of(eager_model[1])
     for p, q in zip(compiled_model[0].parameters(), eager_model[0].parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_compiled_and_checkpointed_forward_selection() -> None:
+    compiled_model, eager = (tiny_model(num_hidden_layers=1) for _ in range(2))
+    torch._dynamo.reset()
+    handles = [longact.apply(m, refresh_every="forward") for m in (compiled_model, eager)]
+    compiled_model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(compiled_model, fullgraph=True, backend="aot_eager")
+    optimizers = [adam(m, lr=1e-3) for m in (compiled_model, eager)]
+    for step in range(2):
+        ids, mask = padded("left", 12, 7, seed=step)
+        for m, optimizer in zip((compiled, eager), optimizers, strict=True):
+            train_step(m, optimizer, ids, attention_mask=mask)
+        assert rows_of(handles[0]) == rows_of(handles[1])
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_nothing_waits_for_the_device(every: Any) -> None:
         for _ in range(2):
             model(x, attention_mask=mask).square().sum().backward()
             for chosen in selections:
-                chosen.report = None  # what arrived of the last one lies on the host, and is read
+                chosen.report = None  # what has arrived lies on the host, and is read there
             selection.refresh(selections, wait=False)
     assert handle.rows["q_proj"].tolist() != list(range(7))
 
@@ -231,6 +231,25 @@ def test_micro_batches_add_to_the_rows_in_place(expected: list[Tensor | None]) -
     assert len(seen) == 2
     assert torch.equal(seen[1], grad)
     assert not torch.equal(seen[0], grad)
+
+
+@runs_kernels
+@pytest.mark.parametrize("how", ["checkpoint", "reentrant", "save_on_cpu"])
+def test_in_place_where_saved_tensors_are_copies(
+    monkeypatch: pytest.MonkeyPatch, how: str, expected: list[Tensor | None]
+) -> None:
+    calls = Calls(monkeypatch, "row_grad_triton", "row_grad_")
+    layer = salient()
+    for x in inputs():
+        if how == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                y = layer(x)
+        else:
+            x.requires_grad_(how == "reentrant")
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=how == "reentrant")
+        y.square().sum().backward()
+    assert_gradients(layer, expected)
+    assert [kwargs["accumulate"] for _, kwargs in calls.calls] == [False, True]
 
 
 @runs_kernels
@@ -510,6 +529,43 @@ def test_ops_give_the_results_of_torchs_own() -> None:
         with without_triton():
             expected = op(*arguments)
         torch.testing.assert_close(op(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+@runs_kernels
+def test_batched_gradients() -> None:
+    """Their tensors have no memory of their own."""
+    layer = salient()
+    (x, other) = inputs()
+    x.requires_grad_()
+    y = layer(x)
+    directions = torch.stack([torch.ones_like(y), other.sum() * torch.ones_like(y)])
+    found = torch.autograd.grad(
+        y, [layer.weight, x], directions, retain_graph=True, is_grads_batched=True
+    )
+    for i, direction in enumerate(directions):
+        expected = torch.autograd.grad(y, [layer.weight, x], direction, retain_graph=True)
+        for batched, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(batched[i], one, rtol=1e-5, atol=1e-5)
+
+
+@runs_kernels
+def test_where_triton_does_not_run_torchs_ops_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without a compiler, an old GPU: a warning, and no crash."""
+    from longact.kernels import triton_common
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.\nMore.")
+
+    backends.triton_error.cache_clear()
+    monkeypatch.setattr(triton_common, "try_launch", fail)
+    calls = Calls(monkeypatch, "channel_magnitude_triton", "channel_magnitude")
+    y = torch.randn(5, 4, device=DEVICE)
+    with pytest.warns(UserWarning, match=r"Failed to find C compiler\.; longact uses torch's own"):
+        totals = channel_magnitude(y)
+    torch.testing.assert_close(totals, y.abs().sum(0))
+    channel_magnitude(y)  # warns once
+    assert not calls.calls
+    backends.triton_error.cache_clear()
 
 
 @runs_kernels

@@ -289,6 +289,7 @@ def supports(grad: Tensor, grad_output: Tensor, input: Tensor) -> bool:
         and all(t.layout == torch.strided and t.device == grad.device for t in tensors)
         and grad_output.dtype == input.dtype
         and (grad.stride(1) == 1 or grad.shape[1] <= 1)
+        and (grad.stride(0) >= grad.shape[1] or grad.shape[0] <= 1)  # rows that do not overlap
     )
 
 

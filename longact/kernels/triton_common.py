@@ -57,3 +57,14 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if tensor.is_cpu:
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)  # type: ignore[no-any-return]
+
+
+@triton.jit
+def _empty_kernel():
+    pass
+
+
+def try_launch(device: torch.device) -> None:
+    """Raises what keeps Triton from compiling and launching a kernel there."""
+    with on_device_of(torch.empty(0, device=device)):
+        _empty_kernel[(1,)]()
