@@ -208,7 +208,7 @@ def make_phases(args: argparse.Namespace, folder: Path) -> list[Phase]:
         Phase(
             "tests",
             [*PYTEST, "-m", "gpu", "--continue-on-collection-errors"],
-            150,
+            220,
             # Not the root, where Python would find longact's sources in place of the installed one.
             cwd=ROOT / "tests",
         ),

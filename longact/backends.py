@@ -122,20 +122,25 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-@functools.lru_cache
+_triton_errors: dict[torch.device, str | None] = {}
+
+
 def triton_error(device: torch.device) -> str | None:
     """Why Triton kernels do not run there: no Triton, no compiler for its launcher, an old GPU."""
-    if not _has_triton:
-        return "Triton is not installed"
-    try:
-        from longact.kernels import triton_common
+    if device in _triton_errors or is_capturing():  # a trial has no place in a graph
+        return _triton_errors.get(device)
+    error = None if _has_triton else "Triton is not installed"
+    if error is None:
+        try:
+            from longact.kernels import triton_common
 
-        triton_common.try_launch(device)
-    except Exception as error:  # whatever it is, torch's own ops do the work
-        why = f"Triton does not run on {device}: {type(error).__name__}: {error}".split("\n")[0]
-        warnings.warn(f"{why}; longact uses torch's own ops, which are slower", stacklevel=4)
-        return why
-    return None
+            triton_common.try_launch(device)
+        except Exception as reason:  # whatever it is, torch's own ops do the work
+            error = f"Triton does not run on {device}: {type(reason).__name__}: {reason}"
+            error = error.splitlines()[0]
+            warnings.warn(f"{error}; longact uses torch's own ops, which are slower", stacklevel=4)
+    _triton_errors[device] = error
+    return error
 
 
 def runs_triton(*tensors: Tensor) -> bool:

@@ -150,7 +150,7 @@ class Selection:
         if self.rows is None or not self.has_buffer(param):
             raise RuntimeError(
                 f"{self.name or 'a parameter'}: a graph that is captured needs its rows in a place "
-                "that stays: construct FusedMaskedAdam with capturable=True and call step() once "
+                "that stays: construct FusedMaskedAdam with capturable=True and train two steps "
                 "before the capture"
             )
         assert self.buffer is not None

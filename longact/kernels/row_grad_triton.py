@@ -110,6 +110,8 @@ def choose_blocks(
 
 
 # ---- kernels -------------------------------------------------------------------------------------
+#
+# Rows of a captured backward lie 4 bytes into a buffer; no capture must compile a kernel for that.
 
 
 @triton.jit
@@ -133,7 +135,10 @@ def _load_tokens(matrix, stride, first, end, column, has_column, TOKENS: tl.cons
     return tl.load(matrix + first.to(tl.int64) * stride + offset, mask=mask, other=0)
 
 
-@triton.jit(do_not_specialize=["tokens", "k", "vectors", "tokens_per_part"])
+@triton.jit(
+    do_not_specialize=["tokens", "k", "vectors", "tokens_per_part"],
+    do_not_specialize_on_alignment=["rows"],
+)
 def _pack_kernel(
     grad_output,
     stride,
@@ -173,7 +178,9 @@ def _pack_kernel(
         tl.store(bias_parts + item.to(tl.int64) * parts + part, tl.sum(total, 0), mask=item < k)
 
 
-@triton.jit(do_not_specialize=["tokens", "k", "tokens_per_split"])
+@triton.jit(
+    do_not_specialize=["tokens", "k", "tokens_per_split"], do_not_specialize_on_alignment=["rows"]
+)
 def _matmul_kernel(
     grad_output,
     grad_output_stride,
@@ -239,7 +246,7 @@ def _matmul_kernel(
         _write(bias_grad + place, tl.sum(sums, 0), has_row, ACCUMULATE)
 
 
-@triton.jit(do_not_specialize=["splits", "parts"])
+@triton.jit(do_not_specialize=["splits", "parts"], do_not_specialize_on_alignment=["rows"])
 def _write_rows_kernel(
     product,  # [splits, k or more, in]
     rows,
