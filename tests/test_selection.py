@@ -390,6 +390,7 @@ def test_a_model_may_get_its_memory_after_apply() -> None:
         model = Masked()
         longact.apply(model, targets="q_proj", refresh_every="forward")
     model.to_empty(device="cpu")
+    model.q_proj.reset_parameters()
     model(torch.randn(5, 4)).sum().backward()
     assert int(model.q_proj.selection.tokens) == 5
 
