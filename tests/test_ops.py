@@ -387,6 +387,26 @@ def test_select_rows_of_every_kind_of_projection() -> None:
         assert all(r.dtype == torch.int32 for r in rows)
 
 
+@pytest.mark.parametrize(
+    ("k", "head_dim", "metric", "message"),
+    [
+        (1, 6, "mean", "metric='mean': use one of"),
+        (1, 4, "rms", "head_dim=4: 6 channels"),
+        (1, 0, "rms", "head_dim=0"),
+        (4, 3, "rms", "k=4: must lie between 0 and the 3 channels of a head"),
+        (-1, 3, "rms", "k=-1"),
+    ],
+)
+def test_select_rows_refuses_what_does_not_fit(
+    k: int, head_dim: int, metric: str, message: str
+) -> None:
+    total, tokens = torch.rand(6), torch.tensor(3)
+    with pytest.raises(ValueError, match=message):
+        select_rows([total], [tokens], [None], [k], [head_dim], metric)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.longact.select_rows(total, tokens, None, k, head_dim, metric)
+
+
 def test_magnitudes_are_means_before_they_are_ranked() -> None:
     """Division makes ties, which then go to the lower index, and infinities."""
     smallest = torch.tensor(1e-45)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longact.backends import runs_triton
+from longact.kernels.channel_magnitude import METRICS
 
 #: What `select_rows` came to: rows chosen; no token counted; a non-finite magnitude.
 CHOSEN, NOT_COUNTED, NOT_FINITE = 0, 1, 2
@@ -127,6 +128,13 @@ def _select(
     head_dims: Sequence[int],
     metric: str,
 ) -> tuple[list[Tensor], Tensor]:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}: use one of {', '.join(METRICS)}")
+    for total, k, head_dim in zip(totals, counts, head_dims, strict=True):
+        if head_dim < 1 or total.shape[0] % head_dim != 0:
+            raise ValueError(f"head_dim={head_dim}: {total.shape[0]} channels are not such heads")
+        if not 0 <= k <= head_dim:
+            raise ValueError(f"k={k}: must lie between 0 and the {head_dim} channels of a head")
     if _is_for_triton(*totals, ranked=max(head_dims)):
         from longact.kernels import topk_rows_triton
 
@@ -169,6 +177,9 @@ def select_rows(
         int32 rows of each, ascending; and their states, int32 `[projections]`: CHOSEN, NOT_COUNTED
         or NOT_FINITE. Where it is not CHOSEN they are the previous rows, if there are as many; else
         the largest all the same, NaN before the others.
+
+    Raises:
+        ValueError: an unknown metric, or heads and counts that do not fit the channels.
     """
     if not torch.compiler.is_compiling():
         return _select(totals, tokens, previous, counts, head_dims, metric)

@@ -407,23 +407,8 @@ def select_rows(
     head_dims: Sequence[int],
     metric: str,
 ) -> tuple[list[Tensor], Tensor]:
-    """The largest channels of many projections on one device, chosen there in one launch.
-
-    Args:
-        totals: of each projection, fp32 `[channels]`: what `channel_magnitude` gives.
-        tokens: int64, no dimensions: how many tokens each of them is over.
-        previous: int32 `[rows]` or None: what stays where nothing can be chosen, if it has as many
-            rows as are chosen.
-        counts: k of each head.
-        head_dims: channels that are ranked together, at most `MAX_CHANNELS`: a head, or all of the
-            projection.
-        metric: `"mean_abs"`, `"rms"` or `"max_abs"`.
-
-    Returns:
-        Rows: of each projection int32 `[channels / head_dim * k]`, ascending; views of one buffer.
-        Status: int32 `[projections]`: 0 where they were chosen, 1 where no token was counted, 2
-        where a magnitude is not finite. Where it is not 0, rows are the previous ones; without
-        any, the largest all the same, NaN as the largest.
+    """`select_rows` of topk_rows.py, in one launch; totals `[channels]`, at most `MAX_CHANNELS` of
+    which are ranked together. The rows are views of one buffer.
 
     Raises:
         ValueError: an unknown metric, or dtypes, sizes or counts that do not fit.
