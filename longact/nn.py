@@ -204,6 +204,15 @@ def _nothing_to_add(grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, grad.shape, check_invariants=False)
 
 
+_AUTOCAST_DEVICES = [d for d in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(d)]
+
+
+def _knows_autocast(device: str) -> bool:
+    # torch 2.9's compiler cannot look into the question.
+    is_compiling = torch.compiler.is_compiling()
+    return device in _AUTOCAST_DEVICES if is_compiling else torch.amp.is_autocast_available(device)
+
+
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
@@ -313,7 +322,7 @@ class SalientLinear(nn.Linear):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         device = input.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if _knows_autocast(device) and torch.is_autocast_enabled(device):
             # Autocast reaches F.linear but not a custom backward: cast as it would, double
             # excepted.
             dtype = torch.get_autocast_dtype(device)
