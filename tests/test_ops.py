@@ -271,6 +271,24 @@ def test_topk_with_ties(dtype: torch.dtype) -> None:
 TINY = [0.0, -0.0, 1e-45, 2e-45, 1e-40, 1.17e-38, math.inf, -math.inf, -1e-45, 1.0]
 
 
+def test_rows_of_projections_of_one_size_with_other_counts_and_heads() -> None:
+    totals, kinds = torch.rand(4, 8), [(2, 8), (3, 8), (2, 4), (1, 4)]
+    tokens = torch.tensor(1)
+    counts, head_dims = zip(*kinds, strict=True)
+    rows, _ = select_rows([*totals], [tokens] * 4, [None] * 4, counts, head_dims, "max_abs")
+    for total, (k, head_dim), own in zip(totals, kinds, rows, strict=True):
+        (alone,), _ = select_rows([total], [tokens], [None], [k], [head_dim], "max_abs")
+        assert own.tolist() == alone.tolist()
+        assert len(own) == 8 // head_dim * k
+
+
+def test_roots_tie_where_squares_do_not() -> None:
+    totals = torch.tensor([1.0, 1.0 + 2**-23])
+    for metric, row in (("mean_abs", 1), ("rms", 0)):
+        (rows,), _ = select_rows([totals], [torch.tensor(1)], [None], [1], [2], metric)
+        assert rows.tolist() == [row]
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.sampled_from(TINY) | st.floats(width=32, allow_nan=False), min_size=1, max_size=40),

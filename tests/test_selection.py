@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -1069,6 +1070,8 @@ def test_a_remote_refresh_without_tokens_keeps_rows_in_silence() -> None:
     optimizer = adam(model, lr=0.0)
     train_step(model, optimizer, token_ids())
     previous = rows_of(handle)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # without gradients it is no step
     for _ in range(3):  # a warning would be an error here
         optimizer.step()
     assert rows_of(handle) == previous
@@ -1139,6 +1142,273 @@ def test_what_is_counted_stays_in_its_place(every: Any) -> None:
     handle.load_state_dict(copy.deepcopy(handle.state_dict()))
     assert places() == before
     assert not selection.union.any()  # forwards before it do not join the next step
+
+
+# ---- corners that mutants found open -------------------------------------------------------------
+
+
+def test_a_copy_is_in_no_captured_graph() -> None:
+    model, _ = masked()
+    longact.set_rows(model.q_proj.weight, [1, 4])
+    selection = model.q_proj.selection
+    selection.buffer_for(OnGpu())
+    selection.captured = 2
+    selection.report = longact.selection._Report([selection], torch.zeros(1, dtype=torch.int32))
+    twin = copy.deepcopy(model)
+    assert twin.q_proj.selection.buffer is None
+    assert twin.q_proj.selection.report is None
+    longact.set_rows(twin.q_proj.weight, [0])  # and no warning
+    assert selection.captured == 2
+
+
+def test_the_buffer_holds_the_number_of_rows_and_the_rows() -> None:
+    param = nn.Parameter(torch.zeros(8, 4))
+    longact.set_rows(param, [1, 4])
+    selection = longact.selection.selection_of(param)
+    buffer = selection.buffer_for(param)
+    assert buffer[:3].tolist() == [2, 1, 4]
+    longact.set_rows(param, [7])
+    assert selection.buffer_for(param) is buffer
+    assert buffer[:2].tolist() == [1, 7]
+    longact.set_rows(param, None)
+    assert buffer.tolist() == [8, *range(8)]
+    wider = selection.buffer_for(torch.zeros(9, 4))  # another parameter took its place
+    assert wider.tolist() == [9, *range(9)]
+
+
+def test_a_captured_backward_warns_where_all_rows_are_set() -> None:
+    model, _ = masked()
+    longact.set_rows(model.q_proj.weight, [1, 4])
+    model.q_proj.selection.captured = 2
+    with pytest.warns(longact.LongActWarning, match="gradient of 2 rows, and now there are all"):
+        longact.set_rows(model.q_proj.weight, None)
+
+
+def test_a_captured_forward_selection_needs_no_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = masked(refresh_every="forward")
+    monkeypatch.setattr(longact.selection, "is_capturing", lambda: True)
+    assert model.q_proj.selection.rows_now(OnGpu()) is None
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_spoiled_forward_before_a_good_one_warns_too() -> None:
+    model, _ = masked(refresh_every="forward")
+    optimizer = longact.FusedMaskedAdam(model.parameters(), lr=0.0)
+    model(torch.full((5, 4), math.inf))
+    model(torch.randn(5, 4)).sum().backward()
+    with pytest.warns(longact.LongActWarning, match="q_proj"):
+        optimizer.step()
+
+
+def test_a_forward_that_cannot_choose_takes_nothing_from_the_union() -> None:
+    model, handle = masked(20, refresh_every="forward")
+    optimizer = longact.FusedMaskedAdam(model.parameters(), lr=0.0)
+    x, ones = torch.randn(1, 5, 4), torch.ones(1, 5)
+    model(x, attention_mask=ones).sum().backward()
+    optimizer.step()
+    before = rows_of(handle)
+    model(-7 * x.flip(2), attention_mask=ones)
+    own = model.q_proj.selection.forward_rows.tolist()
+    model(x, attention_mask=0 * ones)
+    optimizer.step()
+    assert rows_of(handle)["q_proj"] == own != before["q_proj"]
+
+
+def test_a_first_forward_that_cannot_choose_takes_the_first_channels_of_each_head() -> None:
+    model = tiny_model(num_hidden_layers=1)
+    handle = longact.apply(model, 0.25, scope="head", refresh_every="forward")
+    for layer in handle.projections.values():
+        dim, size = layer.selection.head_dim, layer.out_features
+        k = layer.selection.config.count(dim)
+        expected = [c for c in range(size) if c % dim < k]
+        assert layer.selection.forward_rows.tolist() == expected
+
+
+def test_all_that_is_counted_moves_together() -> None:
+    model, _ = masked(refresh_every="forward")
+    selection = model.q_proj.selection
+    selection.counters(torch.device("meta"))
+    names = ("magnitude", "tokens", "union", "spoiled", "forward_rows")
+    assert all(getattr(selection, name).is_meta for name in names)
+
+
+def test_a_loaded_state_brings_the_rows_that_forwards_fall_back_on() -> None:
+    x, ones = torch.randn(1, 5, 4), torch.ones(1, 5)
+    for forwards in (1, 2):
+        model, handle = masked(20, refresh_every="forward")
+        optimizer = longact.FusedMaskedAdam(model.parameters(), lr=0.0)
+        for shift in (1, 2)[:forwards]:
+            model(x.roll(shift, 2), attention_mask=ones).sum().backward()
+        optimizer.step()
+        twin, twin_handle = masked(20, refresh_every="forward")
+        start = twin.q_proj.selection.forward_rows.tolist()
+        twin_handle.load_state_dict(handle.state_dict())
+        twin(x, attention_mask=0 * ones)
+        last, rows = twin.q_proj.selection.forward_rows.tolist(), rows_of(handle)["q_proj"]
+        if forwards == 1:
+            assert last == rows != start
+        else:  # the union of two is of another size
+            assert len(rows) > len(last)
+            assert last == start
+
+
+def test_a_capture_makes_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And decides nothing for later."""
+    backends = sys.modules["longact.backends"]  # longact.backends is the function
+    device = torch.device("cuda", 7)
+    monkeypatch.setattr(backends, "is_capturing", lambda: True)
+    monkeypatch.setattr(backends, "_has_triton", False)
+    monkeypatch.setattr(backends, "_triton_errors", {})
+    assert backends.triton_error(device) is None
+    monkeypatch.setattr(backends, "is_capturing", lambda: False)
+    assert backends.triton_error(device) == "Triton is not installed"
+
+
+class TwoLengths(nn.Module):
+    """k sees the last tokens only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(4, 8), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.q_proj(x).sum() + self.k_proj(x[:, -2:]).sum()
+
+
+def test_outputs_of_several_lengths_have_masks_of_their_own() -> None:
+    model = TwoLengths()
+    handle = longact.apply(model, targets=["q_proj", "k_proj"])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1]])
+    model(torch.randn(2, 4, 4), attention_mask=mask)
+    assert [int(p.selection.tokens) for p in handle.projections.values()] == [4, 3]
+
+
+def test_outputs_on_several_devices_have_masks_of_their_own() -> None:
+    counted = longact.nn.CountedForward(None)
+    counted.mask = torch.ones(2, 3)
+    for device in ("cpu", "meta"):
+        mask = counted.token_mask(torch.empty(2, 3, 4, device=device))
+        assert mask is not None
+        assert mask.device.type == device
+
+
+def test_a_loaded_state_forgets_what_forwards_spoiled() -> None:
+    model, handle = masked(refresh_every="forward")
+    selection = model.q_proj.selection
+    selection.union.fill_(True)
+    selection.spoiled.fill_(True)
+    handle.load_state_dict(handle.state_dict())
+    assert not selection.union.any()
+    assert not selection.spoiled
+
+
+@pytest.mark.parametrize("needs_input", [False, True])
+def test_the_weight_is_saved_only_for_the_inputs_gradient(needs_input: bool) -> None:
+    layer = longact.nn.SalientLinear(4, 8)
+    longact.set_rows(layer.weight, [1, 3])
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        layer(torch.randn(5, 4, requires_grad=needs_input))
+    assert ((8, 4) in saved) == needs_input
+
+
+def test_a_state_of_another_dtype_is_refused() -> None:
+    handle = longact.apply(tiny_model())
+    for change in (
+        {"magnitude": torch.zeros(32).double()},
+        {"tokens": torch.tensor(1, dtype=torch.int32)},
+    ):
+        state = copy.deepcopy(handle.state_dict())
+        state["projections"][K1].update(change)
+        with pytest.raises(ValueError, match=K1):
+            handle.load_state_dict(state)
+
+
+def counting(**options: Any) -> longact.selection.Selection:
+    """A selection that has counted five tokens."""
+    model, _ = masked(20, **options)
+    model(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
+    return model.q_proj.selection
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_selections_of_several_kinds_are_chosen_as_if_alone(scope: Any) -> None:
+    def rows(together: bool) -> list[list[int]]:
+        selections = [
+            counting(keep_ratio=ratio, metric=metric, scope=scope)
+            for ratio in (0.1, 0.5)
+            for metric in ("max_abs", "mean_abs", "rms")
+        ]
+        for some in [selections] if together else [[s] for s in selections]:
+            longact.selection.refresh(some)
+        return [s.rows.tolist() for s in selections]
+
+    alone = rows(together=False)
+    assert rows(together=True) == alone
+    assert len({tuple(r) for r in alone[3:]}) == 3
+
+
+def test_scope_model_counts_the_channels_that_it_ranks() -> None:
+    counted, not_counted = counting(scope="model"), masked(20, scope="model")[0].q_proj.selection
+    longact.selection.refresh([counted, not_counted])
+    assert len(counted.rows) == 6
+    assert not_counted.rows is None
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_remote_refresh_that_waits_warns_at_once() -> None:
+    model, handle = masked()
+    longact.set_rows(model.q_proj.weight, [0, 1])
+    model(torch.full((5, 4), math.nan))
+    with pytest.warns(longact.LongActWarning, match="q_proj"):
+        handle.refresh()
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_remote_refresh_of_others_has_a_report_of_its_own() -> None:
+    a, b, c = selections = [counting() for _ in range(3)]
+    longact.selection.refresh(selections)
+    for selection, name in zip(selections, "abc", strict=True):
+        selection.name = name
+    longact.selection.refresh([a, b], wait=False)
+    longact.selection.refresh([a], wait=False)
+    longact.selection.refresh([a, b], wait=False)
+    c.tokens.fill_(1)
+    c.magnitude.fill_(math.nan)
+    longact.selection.refresh([a, c], wait=False)
+    with pytest.warns(longact.LongActWarning, match=r"^c: "):
+        longact.selection.refresh([a, c], wait=False)
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_captured_refresh_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    selection = counting()
+    longact.selection.refresh([selection])
+    monkeypatch.setattr(longact.selection, "is_capturing", lambda: True)
+    longact.selection.refresh([selection], wait=False)
+    assert selection.report is None
+
+
+def test_a_step_without_a_forward_keeps_the_rows() -> None:
+    model, handle = masked(refresh_every="forward")
+    optimizer = longact.FusedMaskedAdam(model.parameters(), lr=0.0)
+    model(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    rows = rows_of(handle)
+    optimizer.step()
+    assert rows_of(handle) == rows
+    assert len(rows["q_proj"]) > 0
+
+
+def test_a_captured_step_counts_the_rows_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = longact.apply(tiny_model(num_hidden_layers=1), 0.25, scope="head")
+    selections = [layer.selection for layer in handle.projections.values()]
+    handle._model(input_ids=token_ids())
+    handle.refresh()
+    monkeypatch.setattr(longact.selection, "is_capturing", lambda: True)
+    longact.selection.before_step(selections)
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

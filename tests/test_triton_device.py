@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from triton_tools import (
 
 import longact
 from longact import selection
-from longact.kernels import projection
+from longact.kernels import projection, topk_rows, triton_common
 from longact.kernels.channel_magnitude import channel_magnitude
 from longact.nn import SalientLinear
 
@@ -241,11 +242,11 @@ def test_in_place_where_saved_tensors_are_copies(
     calls = Calls(monkeypatch, "row_grad_triton", "row_grad_")
     layer = salient()
     for x in inputs():
+        x.requires_grad_()  # or the weight is not saved at all
         if how == "save_on_cpu":
             with torch.autograd.graph.save_on_cpu():
                 y = layer(x)
         else:
-            x.requires_grad_(how == "reentrant")
             y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=how == "reentrant")
         y.square().sum().backward()
     assert_gradients(layer, expected)
@@ -551,7 +552,6 @@ def test_batched_gradients() -> None:
 @runs_kernels
 def test_where_triton_does_not_run_torchs_ops_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container without a compiler, an old GPU: a warning, and no crash."""
-    from longact.kernels import triton_common
 
     def fail(device: torch.device) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
@@ -575,3 +575,178 @@ def test_ops_of_wrapped_tensors_run_on_torch() -> None:
     torch.testing.assert_close(totals, y.abs().sum(1))
     with torch._subclasses.FakeTensorMode():
         assert channel_magnitude(torch.empty(5, 4, device=DEVICE)).shape == (4,)
+
+
+# ---- corners that mutants found open -------------------------------------------------------------
+
+
+@runs_kernels
+def test_what_nobody_takes_is_not_kept_alive(fused: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = attention()
+    whole = Attention.forward
+    monkeypatch.setattr(Attention, "forward", lambda self, x, attention_mask=None: self.q_proj(x))
+    x = torch.randn(4, 16, device=DEVICE, dtype=torch.float16)
+    alive = weakref.ref(x)
+    model(x)
+    assert len(fused.calls[0][0][1]) == 2
+    del x
+    fused.calls.clear()
+    assert alive() is None
+    monkeypatch.setattr(Attention, "forward", whole)
+    model(torch.randn(4, 16, device=DEVICE, dtype=torch.float16))
+    assert [len(args[1]) for args, _ in fused.calls] == [2]
+
+
+@runs_kernels
+def test_a_trial_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[torch.device] = []
+    monkeypatch.setattr(backends, "_triton_errors", {})
+    monkeypatch.setattr(triton_common, "try_launch", tries.append)
+    y = torch.randn(5, 4, device=DEVICE)
+    for _ in range(2):
+        channel_magnitude(y)
+    assert tries == [y.device]
+
+
+@runs_kernels
+def test_every_tensor_must_be_plain() -> None:
+    y = torch.randn(5, 4, device=DEVICE)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(y)
+    assert backends.runs_triton(y, y)
+    assert not backends.runs_triton(y, fake)
+
+
+@runs_kernels
+def test_the_input_is_let_go_when_both_are_taken(fused: Calls) -> None:
+    model, handle = attention()
+    handle.projections["q_proj"].counted.active = True
+    x = torch.randn(4, 16, device=DEVICE, dtype=torch.float16)
+    model.q_proj(x)
+    model.k_proj(x)
+    assert len(fused.calls) == 1
+    assert model.q_proj.shared._input[0] is None
+
+
+@runs_kernels
+def test_under_autocast_the_neighbours_weight_is_not_cast(fused: Calls) -> None:
+    results = []
+    for reference in (False, True):
+        model, _ = attention()
+        model.float()
+        context = without_triton() if reference else torch.enable_grad()
+        x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        with context:
+            with torch.autocast(DEVICE, torch.float16):
+                y = model(x)
+            y.float().square().sum().backward()
+        results.append((y.detach(), [p.grad for p in model.parameters()]))
+    assert [len(args[1]) for args, _ in fused.calls] == [1, 1]
+    torch.testing.assert_close(results[0], results[1], rtol=4e-3, atol=4e-3)
+
+
+class Blocks(nn.Module):
+    def __init__(self, names: list[str], count: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(16, 16) for name in names}) for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.stack([layer(x) for layer in block.values()]).sum(0)
+        return x
+
+
+@runs_kernels
+@pytest.mark.parametrize(("names", "launches"), [("q", [1, 1]), ("qk", [2, 2]), ("qkv", [1] * 6)])
+def test_pairs_in_a_block_are_fused(fused: Calls, names: str, launches: list[int]) -> None:
+    model = Blocks(list(names), 2).to(DEVICE, torch.float16)
+    handle = longact.apply(model, targets=list(names))
+    for layer in handle.projections.values():
+        longact.set_rows(layer.weight, [0, 1, 2])
+    model(torch.randn(4, 16, device=DEVICE, dtype=torch.float16))
+    assert [len(args[1]) for args, _ in fused.calls] == launches
+    assert all(int(layer.selection.tokens) == 4 for layer in handle.projections.values())
+
+
+@runs_kernels
+def test_an_input_that_changed_in_place_is_projected_anew(fused: Calls) -> None:
+    model, handle = attention()
+    handle.projections["q_proj"].counted.active = True
+    x = torch.randn(4, 16, device=DEVICE, dtype=torch.float16)
+    model.q_proj(x)
+    x += 1
+    y = model.k_proj(x)
+    assert len(fused.calls) == 2
+    expected = nn.functional.linear(x, model.k_proj.weight)
+    torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_gradients_with_a_graph_add_up(expected: list[Tensor | None]) -> None:
+    layer = salient()
+    for x in inputs():
+        layer(x).square().sum().backward(create_graph=True)
+    for ours, theirs in zip(gradients(layer), expected, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-5)
+    layer.zero_grad()
+
+
+@runs_kernels
+def test_a_gradient_that_the_kernel_does_not_take(expected: list[Tensor | None]) -> None:
+    layer = salient()
+    layer.weight.grad = torch.zeros(6, 26, device=DEVICE).t()[::2]
+    for x in inputs():
+        layer(x).square().sum().backward()
+    assert_gradients(layer, expected)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("error:The .grad attribute of a Tensor that is not a leaf")
+def test_no_warning_of_a_weight_that_is_no_leaf() -> None:
+    layer = salient()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for x in inputs():
+            layer(x).float().square().sum().backward()
+
+
+@runs_kernels
+def test_what_a_rule_covers(fused: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = projection.Rule((9, 0), torch.float16, 16, 4, "a test")
+    monkeypatch.setattr(projection, "RULES", (rule,))
+
+    def fuses(tokens: int = 4, size: int = 16, capability: Any = (9, 0), **other: Any) -> bool:
+        monkeypatch.setattr(projection, "cuda_capability", lambda device: capability)
+        make = {"device": DEVICE, "dtype": torch.float16} | other
+        x, weight = torch.zeros(tokens, size, **make), torch.zeros(8, size, **make)
+        return projection.fuses(x, [weight], [None])
+
+    assert fuses()
+    assert not fuses(tokens=3)
+    assert not fuses(size=32)
+    assert not fuses(capability=(8, 0))
+    assert not fuses(dtype=torch.bfloat16)
+    x, weight = torch.zeros(4, 16, device=DEVICE).half(), torch.zeros(8, 16, device=DEVICE)
+    monkeypatch.setattr(projection, "cuda_capability", lambda device: (9, 0))
+    assert not projection.fuses(x, [weight], [None])
+    with torch._subclasses.FakeTensorMode() as mode:
+        bias = mode.from_tensor(torch.zeros(8, device=DEVICE))
+    assert not projection.fuses(x, [weight.half()], [bias])
+
+
+@runs_kernels
+def test_what_is_too_wide_or_no_fp32_is_ranked_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_rows, "MAX_CHANNELS", 8)
+    one = Calls(monkeypatch, "topk_rows_triton", "topk_rows")
+    many = Calls(monkeypatch, "topk_rows_triton", "select_rows")
+    tokens = torch.tensor(1, device=DEVICE)
+    topk_rows.topk_rows(torch.rand(9, device=DEVICE), 2)
+    topk_rows.topk_rows(torch.rand(8, device=DEVICE).double(), 2)
+    totals = [torch.rand(n, device=DEVICE) for n in (4, 9)]
+    topk_rows.select_rows(totals, [tokens] * 2, [None] * 2, [1, 1], [4, 9], "rms")
+    assert not one.calls + many.calls
+    topk_rows.topk_rows(torch.rand(8, device=DEVICE), 2)
+    topk_rows.select_rows(totals, [tokens] * 2, [None] * 2, [1, 1], [4, 3], "rms")
+    assert (len(one.calls), len(many.calls)) == (1, 1)
