@@ -135,7 +135,7 @@ def test_masks_of_any_type(dtype: torch.dtype) -> None:
     """Any value but 0 counts, of a strided mask too."""
     y = torch.randn(90, 8)
     mask = torch.zeros(180).to(dtype)
-    mask[10:150:4] = 1 if dtype == torch.bool else 2
+    mask[10:150:4] = {torch.float32: 0.5, torch.int64: 256}.get(dtype, 1)  # 0 if cut to a byte
     actual, counted = run(y, mask[::2], "mean_abs", torch.zeros(8))
     assert_totals(actual, expected(y, mask[::2], "mean_abs", torch.zeros(8)), "mean_abs")
     assert counted == 35
@@ -219,12 +219,17 @@ def test_how_y_is_cut() -> None:
     """Programs enough to fill a card, of spans as long as that allows."""
     cut = {
         (tokens, channels): kernels.cut(tokens, channels, 32, 256, 1024)
-        for tokens, channels in ((32768, 4096), (131072, 1024), (4096, 1024), (1, 64), (0, 8))
-    }
+        for tokens, channels in (
+            (32768, 4096), (131072, 1024), (4096, 1024), (32800, 256), (10944, 700), (1, 64),
+            (0, 8),
+        )
+    }  # fmt: skip
     assert cut == {
         (32768, 4096): (16, 64, 512),
         (131072, 1024): (4, 256, 512),
         (4096, 1024): (4, 128, 32),
+        (32800, 256): (1, 513, 64),
+        (10944, 700): (3, 342, 32),
         (1, 64): (1, 1, 32),
         (0, 8): (1, 0, 0),
     }

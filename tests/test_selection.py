@@ -1059,6 +1059,7 @@ def test_a_remote_forward_selection_warns_at_the_step() -> None:
         optimizer.step()
     assert len(warned) == 1
     assert rows_of(handle) == rows
+    assert counted(handle) == [0]
     model(torch.randn(5, 4))
     optimizer.step()  # forgotten by then
 
@@ -1409,6 +1410,23 @@ def test_a_captured_step_counts_the_rows_of_all_heads(monkeypatch: pytest.Monkey
     handle.refresh()
     monkeypatch.setattr(longact.selection, "is_capturing", lambda: True)
     longact.selection.before_step(selections)
+
+
+def test_ranks_add_up_sums_and_take_the_largest_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, list[int]]] = []
+
+    def over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
+        seen.append((op, [t.data_ptr() for t in tensors]))
+        return tensors
+
+    monkeypatch.setattr(longact.selection, "_over_ranks", over_ranks)
+    by_metric = {metric: counting(metric=metric) for metric in METRICS}
+    longact.selection.refresh(by_metric.values())
+    places = {m: [s.magnitude.data_ptr(), s.tokens.data_ptr()] for m, s in by_metric.items()}
+    ops = torch.distributed.ReduceOp
+    assert seen == [
+        (ops.SUM, places["mean_abs"] + places["rms"]), (ops.MAX, places["max_abs"])
+    ]  # fmt: skip
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
