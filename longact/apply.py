@@ -95,7 +95,7 @@ class LongAct:
             selection, device = layer.selection, layer.weight.device
             rows = saved[name]["rows"]
             set_rows(layer.weight, None if rows is None else rows.to(device))
-            selection.restore(selection.rows, saved[name]["magnitude"], saved[name]["tokens"])
+            selection.restore(saved[name]["magnitude"], saved[name]["tokens"])
             selection.steps = saved[name]["steps"]
 
     def remove(self) -> None:

@@ -151,11 +151,10 @@ class _RowGradLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, rows, _ = inputs
+        input, weight, _, rows, _ = inputs
         # rows stays off save_for_backward: activation checkpointing compares what both runs save.
         ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None)
         ctx.rows = rows
-        ctx.has_bias = bias is not None
         # Hooks on saved tensors (activation checkpointing, save_on_cpu) give a copy of the weight,
         # which has no .grad.
         ctx.leaf = weight if weight.is_leaf else None
@@ -170,7 +169,6 @@ class _RowGradLinear(torch.autograd.Function):
             grad_input = grad_output @ weight
         flat = grad_output.reshape(-1, grad_output.shape[-1])
         flat_input = input.reshape(-1, input.shape[-1])
-        needs_bias = needs_bias and ctx.has_bias
         if needs_weight:
             so_far = _grad_so_far(ctx.leaf, flat, flat_input)
             grad_weight, grad_bias = linear_grads(flat, flat_input, ctx.rows, needs_bias, so_far)

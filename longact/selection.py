@@ -218,15 +218,15 @@ class Selection:
             for name in ("magnitude", "tokens", "union", "spoiled", "forward_rows"):
                 setattr(self, name, getattr(self, name).to(device))
 
-    def restore(self, rows: Tensor | None, magnitude: Tensor | None, tokens: Tensor | None) -> None:
-        """What a checkpoint has, into the places that captured graphs know."""
+    def restore(self, magnitude: Tensor | None, tokens: Tensor | None) -> None:
+        """A checkpoint's counts, into the places that captured graphs know; its rows are set."""
         assert self.magnitude is not None
         assert self.tokens is not None
         if magnitude is not None and tokens is not None:
             self.magnitude.copy_(magnitude)
             self.tokens.copy_(tokens)
         self.drop_union()
-        last = self.forward_rows
+        rows, last = self.rows, self.forward_rows
         if rows is not None and last is not None and rows.shape == last.shape:
             last.copy_(rows)
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from longact.backends import cuda_capability
+from longact.backends import cuda_capability, is_plain
 from longact.kernels.channel_magnitude_triton import (
     add_partials,
     as_bytes,
@@ -239,11 +239,9 @@ def supports(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     return (
         x.dtype in (torch.bfloat16, torch.float16)
         and len(weights) in (1, 2)
+        and is_plain(*matrices, *present)
         and all(
-            type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
-            and t.dtype == x.dtype
-            and t.device == x.device
-            and not t.is_neg()
+            t.dtype == x.dtype and t.device == x.device and not t.is_neg()
             for t in matrices + present
         )
         and all(

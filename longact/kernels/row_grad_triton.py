@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longact.backends import is_plain
 from longact.kernels.triton_common import dot_operand, from_fp32, on_device_of, to_fp32
 
 __all__ = [
@@ -290,8 +291,7 @@ def supports(grad: Tensor, grad_output: Tensor, input: Tensor) -> bool:
     """
     tensors = (grad, grad_output, input)
     return (
-        # DTensor and other wrappers have no memory to point at.
-        all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors)
+        is_plain(*tensors)
         and all(t.dim() == 2 and t.dtype in _DTYPES and not t.is_neg() for t in tensors)
         and all(t.layout == torch.strided and t.device == grad.device for t in tensors)
         and grad_output.dtype == input.dtype
