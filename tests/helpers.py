@@ -299,3 +299,29 @@ class Case:
         for name in names:
             if (guard := getattr(self, name)) is not None:
                 guard.check(f"{what}: {name}")
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Any call of torch that waits for the GPU raises."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def exact_sums() -> Iterator[None]:
+    """cuBLAS may otherwise add up its parts in 16 bits. (monkeypatch cannot restore these.)"""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
+    saved = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, saved, strict=True):
+        setattr(matmul, name, value)

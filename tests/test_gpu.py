@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from helpers import (
     assert_same_bits,
     assert_same_tree,
     bits,
+    no_waiting,
     pick_rows,
 )
 from torch import Tensor, nn
@@ -133,19 +133,6 @@ def beside_the_cpu(
         select(params, kind)
         pair.append(FusedMaskedAdam(params, **{**HYPER, **options}))
     return pair[0], pair[1]
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any call of torch that waits for the GPU raises."""
-    if DEVICE.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def synchronize() -> None:
@@ -712,7 +699,7 @@ def test_no_step_waits_for_the_gpu(backend: str, options: dict[str, Any]) -> Non
         select(params, kind, seed=step)
         give_grads(params, make_grads(SHAPES, dtype, step))
         synchronize()
-        with no_waiting():
+        with no_waiting(DEVICE):
             optimizer.step()
             lr.mul_(0.9)
     synchronize()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Spec, assert_close, assert_same_bits
+from helpers import Spec, assert_close, assert_same_bits, exact_sums, no_waiting
 from models import adam, forward_backward, rows_of, tiny_model, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,19 +64,6 @@ WIDE_LAYER = (64, 4096)
 # ---- what the tests share ------------------------------------------------------------------------
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any call of torch that waits for the GPU raises."""
-    if DEVICE.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def needs_memory(num_bytes: int) -> None:
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < num_bytes:
         pytest.skip(f"needs {num_bytes / 1e9:.0f} GB of free GPU memory")
@@ -104,17 +91,10 @@ def kernels_of(run: Callable[[], object]) -> list[str]:
     ]
 
 
-@pytest.fixture
-def exact_sums() -> Iterator[None]:
-    """cuBLAS may otherwise add up its parts in 16 bits. (monkeypatch cannot restore these.)"""
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
-    saved = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
-    yield
-    for name, value in zip(names, saved, strict=True):
-        setattr(matmul, name, value)
+@pytest.fixture(name="exact_sums")
+def _exact_sums() -> Iterator[None]:
+    with exact_sums():
+        yield
 
 
 # ---- magnitudes ----------------------------------------------------------------------------------
@@ -305,7 +285,7 @@ def test_rows_of_a_model(name: str, metric: str, scope: str) -> None:
     ]
     totals[3][-1] = float("nan")
     tokens[4].zero_()
-    for context in (nullcontext(), no_waiting()):  # sizes are uploaded at first
+    for context in (nullcontext(), no_waiting(DEVICE)):  # sizes are uploaded at first
         with context:
             rows, status = topk_rows_triton.select_rows(
                 totals, tokens, previous, counts, head_dims, metric
@@ -330,7 +310,7 @@ def test_rows_over_a_model(name: str, ties: bool) -> None:
         totals = [t.round() for t in totals]
     k = count_of(sum(t.shape[0] for t in totals))
     topk_rows_triton.topk_rows_over(totals, k)  # uploads the sizes
-    with no_waiting():
+    with no_waiting(DEVICE):
         padded, counts = topk_rows_triton.topk_rows_over(totals, k)
     on_cpu = [t.cpu() for t in totals]  # where the definition is used
     chosen = torch.zeros(sum(t.shape[0] for t in on_cpu), dtype=torch.bool)
@@ -397,7 +377,7 @@ def check_row_grad(
             both = random(out, features + 1, dtype=grad_dtype, seed=2)
             both[others] = float("nan")
             grad, bias_grad = both[:, :features].contiguous(), both[:, features].contiguous()
-            with no_waiting():
+            with no_waiting(DEVICE):
                 row_grad_triton.row_grad_(
                     grad, grad_output, input, rows, bias_grad, accumulate=accumulate, method=method
                 )
@@ -687,11 +667,11 @@ def test_nothing_waits_for_the_gpu(
         training.step(step, micro_batches=2)
     for _ in range(3):
         training.optimizer.zero_grad()
-        with no_waiting():
+        with no_waiting(DEVICE):
             training.forward_backward()
             training.forward_backward()
         # The union of its forwards' rows is the one thing that is looked at.
-        with nullcontext() if every == "forward" else no_waiting():
+        with nullcontext() if every == "forward" else no_waiting(DEVICE):
             training.optimizer.step()
     assert all(bool(p.isfinite().all()) for p in training.params)
     assert training.rows == expected_rows(0 if every == 0 else 2)

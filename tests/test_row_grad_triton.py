@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import triton_tools
-from helpers import one_thread
+from helpers import exact_sums, one_thread
 from torch import Tensor
 from triton_tools import (
     AMD,
@@ -57,15 +57,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(row_grad_triton, "_MAX_PARTS", 8)
         monkeypatch.setattr(row_grad_triton, "_WRITE_COLUMNS", 64)
     monkeypatch.setattr(row_grad_triton, "_MIN_SPLIT_TOKENS", 16)
-    # cuBLAS may add up its parts in 16 bits. (monkeypatch cannot restore these.)
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
-    saved = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
-    yield
-    for name, value in zip(names, saved, strict=True):
-        setattr(matmul, name, value)
+    with exact_sums():
+        yield
 
 
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
