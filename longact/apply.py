@@ -9,18 +9,22 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longact.architectures import ARCHITECTURES
 from longact.nn import CountedForward, SalientLinear, SharedInput
-from longact.rows import check_rows
+from longact.optim import FusedMaskedAdam
+from longact.rows import check_rows, is_sharded, local_of, shard_of
 from longact.selection import (
     Selection,
     SelectionConfig,
+    after_step,
     attach,
+    before_step,
+    gather_counts,
     refresh,
     selection_of,
-    set_rows,
 )
 
 __all__ = ["LongAct", "apply"]
@@ -47,6 +51,11 @@ class LongAct:
         """Qualified name -> selected rows (int32, ascending), None before the first selection."""
         return {name: layer.rows for name, layer in self.projections.items()}
 
+    @property
+    def is_applied(self) -> bool:
+        """False after `remove()`."""
+        return bool(self._originals)
+
     def refresh(self) -> None:
         """Selects now, from what the forwards counted since the last refresh.
 
@@ -54,6 +63,39 @@ class LongAct:
         A projection that counted nothing keeps its rows.
         """
         refresh(layer.selection for layer in self.projections.values())
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Selects at the steps of an optimizer that is not `longact.FusedMaskedAdam`, until
+        `remove()`.
+
+        The masks then act through the gradient alone, as in the paper: unselected rows get a zero
+        gradient, but weight decay and what is left of their moments still move them, and neither
+        time nor memory of the update is saved.
+        """
+        if isinstance(optimizer, FusedMaskedAdam):
+            raise ValueError("optimizer is a FusedMaskedAdam: it selects at its own steps")
+        layers = list(self.projections.values())
+
+        def before(*_: Any) -> None:
+            first = [layer for layer in layers if layer.rows is None]
+            before_step(layer.selection for layer in layers)
+            for layer in first:
+                _zero_unselected(layer)
+
+        def after(*_: Any) -> None:
+            after_step(layer.selection for layer in layers)
+
+        self._hooks += [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+
+    def gather_counts(self) -> None:
+        """Moves what all ranks counted since the last refresh to rank 0, for a checkpoint that rank
+        0 saves. Every rank must call it; what is selected stays the same."""
+        every = self.config.refresh_every
+        if every != "forward" and every > 1:  # else nothing is counted between steps
+            gather_counts(layer.selection for layer in self.projections.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Rows and running totals of every projection; tensors and plain values only."""
@@ -94,14 +136,16 @@ class LongAct:
         for name, layer in self.projections.items():
             selection, device = layer.selection, layer.weight.device
             rows = saved[name]["rows"]
-            set_rows(layer.weight, None if rows is None else rows.to(device))
+            selection.choose(None if rows is None else rows.to(device, torch.int32, copy=True))
             selection.restore(saved[name]["magnitude"], saved[name]["tokens"])
             selection.steps = saved[name]["steps"]
 
     def remove(self) -> None:
         """Puts the original `nn.Linear` modules back; the parameters stay as training left them."""
+        _reshard(self._model)
         for name, (linear, before) in self._originals.items():
             layer = self.projections[name]
+            layer.is_removed = True
             linear.train(layer.training)
             for key, param in layer.named_parameters(recurse=False):
                 attach(param, before[key])
@@ -142,6 +186,9 @@ def apply(
     `longact.FusedMaskedAdam` selects rows at its steps and updates only those. Everything else is
     trained as before; outputs and `state_dict` do not change. (LongAct, arXiv 2604.14922.)
 
+    With FSDP2 call it before or after `torch.distributed.fsdp.fully_shard`; the optimizer gets the
+    sharded parameters, as always.
+
     Args:
         model: a transformers model of a supported architecture, or any module with `targets`.
         keep_ratio: share of the channels to train, in (0, 1].
@@ -161,14 +208,17 @@ def apply(
         ValueError: an argument out of range, an unknown architecture, nothing matched, or a shared
         weight.
         TypeError: a matched module that is not a plain `nn.Linear` (LoRA-wrapped, quantized).
+        NotImplementedError: a model under FSDP1, which flattens parameters.
     """
     config = SelectionConfig(keep_ratio, metric, scope, refresh_every)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _refuse_fsdp1(model)
     matched = _check_projections(
         model, _match(model, _targets_of(model) if targets is None else targets)
     )
     head_dim = _head_dim(model, matched) if scope == "head" else 0
+    _reshard(model)
 
     decoder = _decoder(model, matched)
     parameters = list(inspect.signature(decoder.forward).parameters)
@@ -200,6 +250,48 @@ def apply(
         decoder.register_forward_hook(counted.leave, always_call=True),
     ]
     return handle
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise NotImplementedError(
+                f"model has {name or 'itself'!r} under FSDP1 (FullyShardedDataParallel), which "
+                "flattens parameters and leaves no rows to select: use FSDP2 "
+                "(torch.distributed.fsdp.fully_shard; accelerate's fsdp_version: 2, verl's "
+                "strategy: fsdp2)"
+            )
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 leaves gathered parameters in place after some forwards: what hangs on the sharded
+    ones is what the optimizer finds."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _zero_unselected(layer: SalientLinear) -> None:
+    """Of a gradient that was computed before there were rows."""
+    if layer.rows is None:
+        return
+    selected = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.rows.device)
+    selected[layer.rows.long()] = True
+    for param in layer.parameters(recurse=False):
+        if param.grad is not None:
+            here = selected.to(param.device)
+            if is_sharded(param):
+                shard = shard_of(param)
+                here = here[shard.first : shard.first + shard.num_rows]
+            local_of(param.grad)[~here] = 0
 
 
 def _check_entry(entry: Any, layer: SalientLinear) -> None:
@@ -323,6 +415,11 @@ def _check_projections(model: nn.Module, matched: Mapping[str, nn.Module]) -> di
                 "without it"
             )
         if type(module) is not nn.Linear:
+            if hasattr(module, "unshard"):
+                raise TypeError(
+                    f"{name} is a {kind}, which fully_shard was called on itself: call "
+                    "longact.apply before it, or shard the block around it"
+                )
             raise TypeError(
                 f"{name} is a {kind}, not a plain torch.nn.Linear: rows of a quantized or "
                 "otherwise special projection cannot be trained; load the model unquantized, in "

@@ -228,6 +228,7 @@ class SalientLinear(nn.Linear):
     selection: Selection
     counted: CountedForward | None
     shared: SharedInput | None
+    is_removed = False  # by LongAct.remove(); FSDP2 puts its parameters in all the same
 
     def __init__(
         self,
@@ -276,8 +277,12 @@ class SalientLinear(nn.Linear):
     # copied with the module (copy.deepcopy, pickle) must carry the selection on.
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
-        if param is not None and "selection" in self.__dict__:
+        if param is not None and "selection" in self.__dict__ and not self.is_removed:
             attach(param, self.selection)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 goes through register_parameter only where a module has its own __setattr__.
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SalientLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -306,6 +311,13 @@ class SalientLinear(nn.Linear):
                 f"{selection.name}: refresh_every='forward' does not work with reentrant "
                 "activation checkpointing, which forgets which rows a forward selected: use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or refresh_every=1"
+            )
+        if counts and ("weight" in self.__dict__ or "weight" not in self._parameters):
+            raise NotImplementedError(
+                f"{selection.name}.weight is not a parameter of its own any more: FSDP1 "
+                "(FullyShardedDataParallel) flattens parameters and torch.nn.utils.parametrize "
+                "hides them, which leaves no rows to select; use FSDP2 "
+                "(torch.distributed.fsdp.fully_shard), without parametrizations"
             )
         rows = selection.rows_now(self.weight)
         if rows is not None and rows.shape[0] == self.out_features:

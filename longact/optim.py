@@ -18,7 +18,7 @@ from longact.kernels.masked_adamw import (
     ParamUpdate,
     dispatch,
 )
-from longact.rows import check_rows
+from longact.rows import check_rows, is_sharded, local_of, local_rows, shard_index, shard_of
 from longact.selection import Selection, after_step, before_step, selection_of, set_rows
 
 __all__ = ["FusedMaskedAdam"]
@@ -52,6 +52,10 @@ class FusedMaskedAdam(Optimizer):
     device go in one native call (on a GPU: one kernel launch), where the native core supports them
     (contiguous, fp32, bf16 or fp16; on the CPU also fp64). The formulas are in docs/algorithm.md.
 
+    Parameters that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded are updated in place,
+    each rank its own rows, without communication; their state is sharded as they are. Sharded
+    otherwise than by rows, they cannot have a selection.
+
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in AdamW; `lr` may be a tensor.
         foreach, fused: accepted and without effect: there is one implementation, which is fused.
@@ -67,13 +71,14 @@ class FusedMaskedAdam(Optimizer):
         state: `"full"` (default): moments in the parameter's shape, checkpoints interchangeable
             with AdamW both ways. `"compact"`: moments of the selected rows only, keep_ratio of the
             memory; rows that leave the selection lose their moments, rows that enter start at age
-            0.
+            0. The moments of sharded parameters are saved in the full form, so that any number of
+            ranks can load them; on a GPU a new selection of theirs is waited for.
         master_weights: bf16 and fp16 parameters are trained in fp32 copies of them, kept with the
             moments (of the selected rows only in compact state) and rounded into the parameter.
         stochastic_rounding: bf16 parameters are rounded up or down at random, so that small updates
             are right on average; no copies. The random bits depend on `seed`, the parameter's
             position in the optimizer, its step and the element alone: equal on every
-            device and data-parallel rank.
+            device and data-parallel rank. (Of a sharded parameter on the shard, too.)
         seed: of stochastic rounding.
         moment_dtype: of the moments of bf16 and fp16 parameters; None: `torch.float32`. With
             `torch.bfloat16` the moments of fp32 parameters are bf16 too.
@@ -199,6 +204,8 @@ class FusedMaskedAdam(Optimizer):
         Raises:
             RuntimeError: a sparse gradient.
             ValueError: a gradient or state that does not fit its parameter.
+            NotImplementedError: a parameter with a selection that is flattened (FSDP1), or sharded
+            otherwise than by rows.
         """
         _check_capture(self)
         loss = None
@@ -208,7 +215,12 @@ class FusedMaskedAdam(Optimizer):
 
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
+        # By type: to ask each parameter would cost more.
+        kinds = set[type]().union(*(map(type, group["params"]) for group in self.param_groups))
+        any_sharded = any(is_sharded(kind) for kind in kinds)
         pairs = self._parameters_with_grad()
+        if any_sharded:
+            self._check_shards(pairs)
         if not pairs:
             return loss
 
@@ -234,8 +246,14 @@ class FusedMaskedAdam(Optimizer):
             for group in self.param_groups
         ]
         try:
+            updates = self._prepare(pairs, undo)
+            if any_sharded:
+                updates = [
+                    self._on_this_rank(update, selection)
+                    for update, (_, _, selection, _, _) in zip(updates, pairs, strict=True)
+                ]
             dispatch(
-                self._prepare(pairs, undo),
+                updates,
                 groups,
                 1.0 if grad_scale is None else grad_scale,
                 found_inf,
@@ -263,13 +281,7 @@ class FusedMaskedAdam(Optimizer):
                 if (grad := param.grad) is not None
             ]
             start += len(params)
-        for param, grad, selection, _, _ in pairs:
-            if selection is not None and hasattr(param, "device_mesh"):
-                raise NotImplementedError(
-                    f"{self._name_of(param)} is a sharded DTensor with a selection: longact trains "
-                    "selected rows of unsharded (DDP, single device) parameters so far; call "
-                    "remove() on the handle of longact.apply to train it densely"
-                )
+        for param, grad, _, _, _ in pairs:
             if grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"{self._name_of(param)} has a gradient of layout {grad.layout}: "
@@ -277,6 +289,39 @@ class FusedMaskedAdam(Optimizer):
                     "torch.optim.SparseAdam for it, or nn.Embedding(sparse=False)"
                 )
         return pairs
+
+    def _check_shards(self, pairs: list[tuple[Tensor, Tensor, Selection | None, int, int]]) -> None:
+        for param, _, selection, _, _ in pairs:
+            if selection is None or not is_sharded(param):
+                continue
+            try:
+                shard_of(param)
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{self._name_of(param)} {error}") from None
+            if is_capturing():
+                raise NotImplementedError(
+                    f"{self._name_of(param)} is sharded and has a selection, whose rows on this "
+                    "rank a captured step would keep forever: call step() outside of CUDA graphs"
+                )
+
+    def _on_this_rank(self, update: ParamUpdate, selection: Selection | None) -> ParamUpdate:
+        """An update of what a rank has of a sharded parameter."""
+        param, grad, *state, key, index = update
+        if not is_sharded(param):
+            return update
+        like: Any = param
+        sharded_grad: Any = grad
+        if sharded_grad.placements != like.placements:  # tensor parallelism's may be partial sums
+            sharded_grad = sharded_grad.redistribute(placements=like.placements)
+        grad = sharded_grad.to_local()
+        grad = grad.wait() if hasattr(grad, "wait") else grad
+        here: list[Any] = [None if t is None else local_of(t) for t in state]
+        if self._seed is not None:  # else elements of different shards would be rounded alike
+            key += shard_index(param) * sum(len(g["params"]) for g in self.param_groups)
+        if selection is not None and selection.rows is not None:
+            on_gpu = not param.is_cpu
+            here[5] = selection.rows_on(shard_of(param), as_buffer=on_gpu and not self._compact)
+        return (local_of(param), grad, *here, key, index)  # type: ignore[return-value]
 
     def _name_of(self, param: Tensor) -> str:
         for index, group in enumerate(self.param_groups):
@@ -310,21 +355,26 @@ class FusedMaskedAdam(Optimizer):
                 assert selection is not None
                 rows = rows.to(param.device)
                 selection.choose(rows)
-            if capturable and selection is not None and not param.is_cpu:
+            if capturable and selection is not None and not (param.is_cpu or is_sharded(param)):
                 if capturing and not selection.has_buffer(param):
                     raise RuntimeError(STEP_BEFORE_CAPTURE)
                 rows = selection.buffer_for(param)
             if (
                 not state
                 or (compact and state.get("moment_rows") is not rows)
-                or (rows is not None and freeze and "ages" not in state)
+                or (
+                    selection is not None
+                    and freeze
+                    and "ages" not in state
+                    and _has_ages(selection, rows)
+                )
                 or (amsgrad and "max_exp_avg_sq" not in state)
                 or (masters and "master" not in state and param.dtype in _HALF)
             ):
                 if capturing and not param.is_cpu:  # replays would make it anew
                     raise RuntimeError(STEP_BEFORE_CAPTURE)
                 undo.append((state, dict(state)))
-                self._fit_state(param, state, rows, group)
+                self._fit_state(param, state, selection, rows, group)
             update = (
                 param, grad, state["exp_avg"], state["exp_avg_sq"],
                 state["max_exp_avg_sq"] if amsgrad else None,
@@ -334,25 +384,44 @@ class FusedMaskedAdam(Optimizer):
         return updates
 
     def _fit_state(
-        self, param: Tensor, state: dict[str, Any], rows: Tensor | None, group: dict[str, Any]
+        self,
+        param: Tensor,
+        state: dict[str, Any],
+        selection: Selection | None,
+        rows: Tensor | None,
+        group: dict[str, Any],
     ) -> None:
         """Makes the state that the first step, a changed selection or a changed option asks for."""
         if not state:
+            if selection is not None and not selection.fits(param):
+                raise NotImplementedError(
+                    f"{self._name_of(param)} has shape {[*param.shape]} and the selection of a "
+                    "projection with other rows: FSDP1 (FullyShardedDataParallel) and DeepSpeed's "
+                    "ZeRO flatten parameters, which leaves no rows to select; use FSDP2 "
+                    "(torch.distributed.fsdp.fully_shard)"
+                )
             like = param
             if self._compact and rows is not None:
-                like = param.new_empty((rows.numel(), *param.shape[1:]))
+                num_rows = _rows_here(param, rows).numel()
+                like = local_of(param).new_empty((num_rows, *param.shape[1:]))
                 state["moment_rows"] = rows
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(like, dtype=self._dtype_of_moments(param))
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if self._compact and state.get("moment_rows") is not rows:
             _remap_compact(param, state, rows)
-        if rows is not None and "ages" not in state and group["inactive"] == "freeze":
+        freeze = group["inactive"] == "freeze"
+        if freeze and "ages" not in state and _has_ages(selection, rows):
             state["ages"] = _row_ages(param, state)
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
         if self._has_master(param) and "master" not in state:
-            state["master"] = _master_of(param, state.get("moment_rows"))
+            moment_rows = state.get("moment_rows")
+            state["master"] = (
+                _master_of(param, None)
+                if moment_rows is None
+                else _master_of(local_of(param), _rows_here(param, moment_rows))
+            )
 
     def _has_master(self, param: Tensor) -> bool:
         return self._master_weights and param.dtype in _HALF
@@ -365,7 +434,10 @@ class FusedMaskedAdam(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; parameters with a selection also have `rows` and `ages` (and
-        `moment_rows` in compact state: the rows that their moments belong to)."""
+        `moment_rows` in compact state: the rows that their moments belong to).
+
+        The state of sharded parameters is DTensors, the compact one's moments in the full form.
+        """
         # Registered now, before the user's own hooks, which then see the rows.
         hook = self.register_state_dict_post_hook(
             FusedMaskedAdam._add_rows,  # type: ignore[arg-type]
@@ -382,8 +454,13 @@ class FusedMaskedAdam(Optimizer):
             for param in group["params"]:
                 selection = selection_of(param)
                 rows = None if selection is None else selection.rows
-                if rows is not None and position in state_dict["state"]:
-                    state_dict["state"][position] = {**state_dict["state"][position], "rows": rows}
+                entry = state_dict["state"].get(position, {})
+                if "moment_rows" in entry and is_sharded(param):
+                    # Moments of some rows of some ranks would pass for those of all.
+                    entry = state_dict["state"][position] = dict(entry)
+                    _remap_compact(param, entry, None)
+                if rows is not None and entry:
+                    state_dict["state"][position] = {**entry, "rows": rows}
                 position += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -450,6 +527,11 @@ class FusedMaskedAdam(Optimizer):
         moment_rows = entry.pop("moment_rows", None)
         like = torch.empty_like(param, dtype=self._dtype_of_moments(param))
         if moment_rows is not None:
+            if is_sharded(param):
+                raise ValueError(
+                    "has compact moments, and the parameter is sharded: load them into an "
+                    "unsharded FusedMaskedAdam with state='full', and save that"
+                )
             moment_rows = _loaded_integers("moment_rows", moment_rows, param)
             check_rows(moment_rows, param)
             like = like.new_empty((moment_rows.numel(), *param.shape[1:]))
@@ -467,18 +549,20 @@ class FusedMaskedAdam(Optimizer):
                     f"{key} is {value.dtype} {[*value.shape]}, the parameter needs {like.dtype} "
                     f"{[*like.shape]}: the checkpoint belongs to another model"
                 )
-            state[key] = torch.empty_like(like).copy_(value)
+            state[key] = _loaded(value, like)
         master = entry.pop("master", None)
         if master is not None and self._has_master(param):
             if not isinstance(master, Tensor) or master.shape != like.shape:
                 shape = [*master.shape] if isinstance(master, Tensor) else master
                 raise ValueError(f"master has shape {shape}, the moments {[*like.shape]}")
-            state["master"] = torch.empty_like(like, dtype=torch.float32).copy_(master)
+            state["master"] = _loaded(master, torch.empty_like(like, dtype=torch.float32))
         ages = entry.pop("ages", None)
         if ages is not None:
-            state["ages"] = _loaded_integers("ages", ages, param)
+            ages = _loaded_integers("ages", ages, param)
             if ages.shape != like.shape[:1]:
                 raise ValueError(f"ages has shape {[*ages.shape]}, the moments {[*like.shape]}")
+            own = torch.empty(local_of(like).shape[0], dtype=torch.int32, device=device)
+            state["ages"] = _loaded(ages, _sharded_as(param, own) if is_sharded(param) else own)
         if moment_rows is not None:
             state["moment_rows"] = moment_rows
             if not self._compact:
@@ -502,10 +586,51 @@ class FusedMaskedAdam(Optimizer):
             group["betas"] = tuple(float(b) for b in group["betas"])
 
 
+def _has_ages(selection: Selection | None, rows: Tensor | None) -> bool:
+    """Also of a projection before its first selection: checkpoints of sharded parameters are read
+    into a state that has all of the keys."""
+    return rows is not None or (selection is not None and selection.config is not None)
+
+
 def _row_ages(param: Tensor, state: dict[str, Any]) -> Tensor:
     """Ages of a parameter that was dense so far: every row is as old as it."""
     ages: Tensor = state["step"].to(param.device, torch.int32)
-    return ages.expand(state["exp_avg"].shape[0]).clone()
+    moments = state["exp_avg"]
+    ages = ages.expand(local_of(moments).shape[0]).clone()
+    return _sharded_as(param, ages) if is_sharded(moments) else ages
+
+
+def _rows_here(param: Tensor, rows: Tensor) -> Tensor:
+    return local_rows(rows, shard_of(param)) if is_sharded(param) else rows
+
+
+def _sharded_as(param: Any, local: Tensor) -> Tensor:
+    """What belongs to this rank's rows of a parameter, with these first, as a DTensor like it."""
+    from torch.distributed.tensor import DTensor
+
+    shape = (param.shape[0], *local.shape[1:])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+def _loaded(value: Any, like: Any) -> Tensor:
+    """A copy of a loaded tensor, of the dtype, on the device and sharded as `like`."""
+    if is_sharded(like) and not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every rank has all of it.
+        value = value.to(like.device)
+        value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    elif is_sharded(value) and not is_sharded(like):
+        value = value.full_tensor()
+    return torch.empty_like(like).copy_(value)
 
 
 def _master_of(param: Tensor, rows: Tensor | None) -> Tensor:
@@ -523,6 +648,10 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
     if rows is not None:
         state["moment_rows"] = rows
     state.setdefault("ages", _row_ages(param, state))
+    whole = param
+    # Each rank has the moments of its own rows.
+    old, rows = (None if r is None else _rows_here(param, r) for r in (old, rows))
+    param = local_of(param)
     # Of each row among the old moments, or -1. Nothing here waits for a GPU.
     position = torch.arange(param.shape[0], device=param.device)
     if old is not None:
@@ -533,7 +662,7 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
     for key in (*_MOMENTS, "ages", "master"):
         if key not in state:
             continue
-        before = state[key]
+        before = local_of(state[key])
         entering = (
             _master_of(param, rows)
             if key == "master"
@@ -542,7 +671,9 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
         if before.shape[0] > 0:
             mask = stays.view(-1, *[1] * (before.dim() - 1))
             entering = torch.where(mask, before.index_select(0, position), entering)
-        state[key] = entering
+        state[key] = (
+            _sharded_as(whole, entering) if rows is None and is_sharded(whole) else entering
+        )
 
 
 def _loaded_integers(name: str, values: Any, param: Tensor) -> Tensor:
@@ -553,7 +684,7 @@ def _loaded_integers(name: str, values: Any, param: Tensor) -> Tensor:
     """
     if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_complex():
         raise ValueError(f"{name} must be an integer tensor, got {values!r}")
-    exact = values.double()
+    exact = local_of(values).double()
     limit = 1 / torch.finfo(values.dtype).eps if values.is_floating_point() else 2**31 - 1
     if bool(((exact != exact.trunc()) | (exact.abs() > limit)).any()):
         raise ValueError(f"{name} is {values.dtype} and not exact: pass int32")

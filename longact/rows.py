@@ -1,9 +1,12 @@
-"""What a list of rows must be, wherever one comes from."""
+"""What a list of rows must be, wherever one comes from, and which of them lie on this rank."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -39,3 +42,75 @@ def check_rows(rows: Tensor, param: Tensor) -> None:
         raise ValueError(
             f"rows has {int(rows[at])} {what}: pass ascending distinct indices, torch.unique(rows)"
         )
+
+
+class Shard(NamedTuple):
+    """The rows of a sharded parameter that lie on this rank."""
+
+    first: int
+    num_rows: int
+
+
+def is_sharded(tensor: Tensor | type[Tensor]) -> bool:
+    """Whether it is a DTensor, of whatever placements; these are not imported to be asked."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, the same object each time (to_local() of a parameter makes a
+    new one); of others the tensor itself."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
+def shard_of(param: Any) -> Shard:
+    """The rows of a DTensor on this rank, where it is sharded by rows alone.
+
+    That is what FSDP2 makes: `Shard(0)` over one dimension of the mesh, `Replicate()` over others.
+    """
+    from torch.distributed import tensor
+
+    num_rows, mesh = param.shape[0], param.device_mesh
+    sharded = [(i, p) for i, p in enumerate(param.placements) if not p.is_replicate()]
+    if not sharded:
+        return Shard(0, num_rows)
+    # Tensor parallelism's _StridedShard is a kind of Shard(0), with other rows.
+    by_rows = len(sharded) == 1 and type(sharded[0][1]) is tensor.Shard and sharded[0][1].dim == 0
+    if by_rows:
+        dim = sharded[0][0]
+        chunk = -(-num_rows // mesh.size(dim))  # as torch.chunk has it: the last may be empty
+        first = min(mesh.get_local_rank(dim) * chunk, num_rows)
+        shard = Shard(first, min(chunk, num_rows - first))
+        if shard.num_rows == local_of(param).shape[0]:
+            return shard
+    raise NotImplementedError(
+        f"is sharded as {[*param.placements]} over a mesh of {[*mesh.shape]}: selected rows are "
+        "trained where parameters are sharded by rows alone, as torch.distributed.fsdp.fully_shard "
+        "does by default (no shard_placement_fn, no tensor parallelism)"
+    )
+
+
+def shard_index(param: Any) -> int:
+    """Which of the different parts of a DTensor this rank has; replicas have the same."""
+    index, mesh = 0, param.device_mesh
+    for dim, placement in enumerate(param.placements):
+        if not placement.is_replicate():
+            index = index * mesh.size(dim) + mesh.get_local_rank(dim)
+    return index
+
+
+def local_rows(rows: Tensor, shard: Shard) -> Tensor:
+    """Those of ascending `rows` that lie in the shard, counted from its start. Reads them."""
+    ends = torch.tensor([shard.first, shard.first + shard.num_rows], device=rows.device)
+    begin, end = torch.searchsorted(rows, ends).tolist()
+    return rows[begin:end] - shard.first
+
+
+def local_row_buffer(rows: Tensor, shard: Shard) -> Tensor:
+    """The same behind their number, int32 `[shard.num_rows + 1]`, with whatever after them: nothing
+    waits for a GPU to know how many they are."""
+    begin = (rows < shard.first).sum()
+    count = (rows < shard.first + shard.num_rows).sum() - begin
+    at = begin + torch.arange(shard.num_rows, device=rows.device)
+    here = F.pad(rows, (0, shard.num_rows)).index_select(0, at) - shard.first
+    return torch.cat((count.view(1).to(torch.int32), here))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from longact.kernels.topk_rows import (
     status_of,
     topk_rows_over,
 )
-from longact.rows import check_rows
+from longact.rows import Shard, check_rows, local_row_buffer, local_rows
 
 __all__ = ["LongActWarning", "get_rows", "set_rows"]
 
@@ -91,6 +91,8 @@ class Selection:
     warned: bool = False
     report: _Report | None = None  # of the refreshes on a GPU that this selection is the first of
     captured: int | None = None  # rows that a captured backward reads at each replay
+    # Of these rows those in a shard, as a buffer or not; kept, as `rows` are, while they hold.
+    on_shard: dict[tuple[Shard, bool], Tensor] = field(default_factory=dict)
     # refresh_every="forward": rows of the last forward, int32; those of any since the last step,
     # bool [channels]; and whether one of these met a non-finite magnitude, bool.
     forward_rows: Tensor | None = None
@@ -99,7 +101,8 @@ class Selection:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a buffer and a report of its own, and is in no captured graph.
-        return {**self.__dict__, "buffer": None, "report": None, "captured": None}
+        none: dict[str, Any] = {"buffer": None, "report": None, "captured": None, "on_shard": {}}
+        return {**self.__dict__, **none}
 
     def choose(self, rows: Tensor | None) -> None:
         if self.captured is not None and (rows is None or rows.numel() != self.captured):
@@ -112,8 +115,23 @@ class Selection:
             )
             self.captured = None
         self.rows = rows
+        self.on_shard = {}
         if self.buffer is not None:
             self._fill_buffer()
+
+    def fits(self, param: Tensor) -> bool:
+        """Whether the parameter has a row for each channel; one of rows set by hand does."""
+        channels = self.magnitude
+        return channels is None or (param.dim() > 0 and param.shape[0] == channels.shape[0])
+
+    def rows_on(self, shard: Shard, *, as_buffer: bool) -> Tensor:
+        """The rows that lie in a shard of the parameter, counted from its start."""
+        assert self.rows is not None
+        key = (shard, as_buffer)
+        if key not in self.on_shard:
+            make = local_row_buffer if as_buffer else local_rows
+            self.on_shard[key] = make(self.rows, shard)
+        return self.on_shard[key]
 
     def has_buffer(self, param: Tensor) -> bool:
         buffer = self.buffer
@@ -475,6 +493,22 @@ def _over_all_ranks(selections: list[Selection]) -> list[_Totals]:
         flat = iter(_over_ranks(tensors, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM))
         totals |= {id(s): (next(flat), next(flat)) for s in mine}
     return [_Totals(s, *totals[id(s)]) for s in selections]
+
+
+def gather_counts(selections: Iterable[Selection]) -> None:
+    """Moves the totals and tokens of all ranks to rank 0."""
+    counting = [s for s in selections if s.magnitude is not None and s.tokens is not None]
+    gathered = _over_all_ranks(counting)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if dist.get_rank() != 0:
+        _forget(counting)
+        return
+    for selection, total, tokens in gathered:
+        assert selection.magnitude is not None
+        assert selection.tokens is not None
+        selection.magnitude.copy_(total)
+        selection.tokens.copy_(tokens)
 
 
 def _over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
