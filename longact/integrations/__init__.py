@@ -1,0 +1,1 @@
+"""LongAct in other frameworks, one file each, imported only on use."""
