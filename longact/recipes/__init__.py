@@ -1,0 +1,1 @@
+"""Configuration files of whole algorithms, for `python -m longact train`."""
