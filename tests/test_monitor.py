@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import QK, adam, forward_backward, rows_of, tiny_model, token_ids, train_step
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from triton_tools import no_reads_by_the_host
 
 import longact
@@ -239,3 +242,39 @@ def test_our_optimizer_needs_no_following() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="selects at its own steps"):
         longact.apply(model).follow(adam(model))
+
+
+# Sharded parameters (FSDP2)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["ours", "SGD"])
+def test_sharded_parameters_are_watched_and_followed_as_plain_ones(
+    other: bool, tmp_path: Path
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        logs, weights = [], []
+        for sharded in (False, True):
+            model = tiny_model()
+            handle = longact.apply(model)
+            if sharded:
+                fully_shard(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5) if other else adam(model)
+            monitor = Monitor(handle, optimizer)
+            if other:
+                handle.follow(optimizer)
+            steps = []
+            for step in range(3):
+                train_step(model, optimizer, token_ids(seed=step))
+                steps.append(monitor.pop())
+            logs.append(steps)
+            params = [layer.weight for layer in handle.projections.values()]
+            weights.append([p.full_tensor() if sharded else p for p in params])
+        assert "longact/grad_norm" not in logs[1][0]  # there were no rows when it was computed
+        del logs[0][0]["longact/grad_norm"]
+        for plain, shard in zip(*logs, strict=True):
+            assert shard == pytest.approx(plain, rel=1e-5)
+        for plain_weight, shard_weight in zip(*weights, strict=True):
+            assert torch.equal(plain_weight, shard_weight)
+    finally:
+        dist.destroy_process_group()

@@ -148,8 +148,22 @@ def test_a_prompt_is_as_long_as_fits() -> None:
         make_dataset("vt", tokenizer, least - 1, 4)
     lengths = [length_of(tokenizer, p) for p in make_dataset("vt", tokenizer, least, 4)["prompt"]]
     assert lengths == [least] * 4  # words are tokens here, and "vt" always has as many
-    (exact,) = make_dataset("vt", tokenizer, least + 5, 1)["prompt"]
-    assert length_of(tokenizer, exact) in (least, least + 5)  # "The grass is green." is 5
+    prompts = make_dataset("vt", tokenizer, least + 5, 48)["prompt"]
+    # The first sentence of filler has 5 tokens; one example in six has room for all of them.
+    assert {length_of(tokenizer, prompt) for prompt in prompts} == {least, least + 5}
+
+
+@needs_smollm2
+def test_the_tokens_needed_are_those_of_the_longest_example() -> None:
+    tokenizer = tokenizer_of(SMOLLM2)
+    with pytest.raises(ValueError, match="too few") as refused:
+        make_dataset("niah_multiquery", tokenizer, 100, 16)
+    least = int(str(refused.value).split()[-1])
+    with pytest.raises(ValueError, match=f"tokens={least - 1} is too few .* {least}$"):
+        make_dataset("niah_multiquery", tokenizer, least - 1, 16)
+    prompts = make_dataset("niah_multiquery", tokenizer, least, 16)["prompt"]
+    lengths = [length_of(tokenizer, prompt) for prompt in prompts]
+    assert max(lengths) == least > min(lengths)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +390,7 @@ def test_an_option_that_a_task_lacks_is_refused() -> None:
         ("VAR ABCDE = VAR QWERT = 12345", ["ABCDE", "QWERT"], 1.0),
         ("VAR ABCDE, VAR ZZZZZ", ["ABCDE"], 0.5),
         ("abcde", ["ABCDE"], 0.0),
-        ("the words there and green", ["ABCDE"], 0.0),
+        ("there is ABCDE, green", ["ABCDE"], 1.0),  # small letters are another kind
         ("ABCDE and 1234567 and ZZZZZ", ["ABCDE", "1234567"], 2 / 3),
         ("", ["1234567"], 0.0),
         (None, ["1234567"], 0.0),

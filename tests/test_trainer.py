@@ -9,16 +9,28 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import QK, changed_rows, params_of, rows_of, tiny_model
 from torch import Tensor, nn
 
 pytest.importorskip("trl", reason="needs the rl extra")
 import trl
-from trainers import assert_equal, make_trainer, padded, prompts, state_of, texts
+from trainers import (
+    SETTINGS,
+    assert_equal,
+    make_trainer,
+    padded,
+    parity,
+    prompts,
+    state_of,
+    texts,
+    tiny_tokenizer,
+)
 from transformers import TrainerCallback
 
 import longact
@@ -480,6 +492,27 @@ def test_what_is_not_a_trainer_is_refused() -> None:
         apply_to_trainer(tiny_model())
 
 
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("trainer", tmp_path)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ValueError, match=r"under DeepSpeed.*no rows: use FSDP2"):
+        apply_to_trainer(trainer)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp1_is_refused(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("trainer", tmp_path)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    plugin = SimpleNamespace(fsdp_version=version)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    if version == 2:
+        assert apply_to_trainer(trainer).is_applied
+        return
+    with pytest.raises(ValueError, match=r"version 1: FSDP1 flattens.*\{'version': 2\}"):
+        apply_to_trainer(trainer)
+
+
 def test_a_lora_policy_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     trainer = make_trainer("trainer", tmp_path)
@@ -491,7 +524,6 @@ def test_a_lora_policy_is_refused(tmp_path: Path) -> None:
 def test_it_works_for_other_trl_trainers(tmp_path: Path) -> None:
     model = tiny_model()
     from datasets import Dataset
-    from trainers import SETTINGS, tiny_tokenizer
 
     data = Dataset.from_dict(
         {"prompt": ["w3 w4"] * 8, "chosen": ["w5 w6"] * 8, "rejected": ["w7 w8 w9"] * 8}
@@ -547,3 +579,44 @@ def test_liger_loss_counts_alike(tmp_path: Path) -> None:
     forwards = Forwards(trainer, apply_to_trainer(trainer))
     trainer.train()
     assert done.stdout.splitlines()[-1] == str(forwards.counted)
+
+
+# Documentation
+
+
+def snippet(page: str, before: str) -> str:
+    """The first block of code after a text."""
+    text = (Path(__file__).parents[1] / page).read_text()
+    return text.split(before, 1)[1].split("```", 2)[1].partition("\n")[2]
+
+
+def test_the_documented_lines_run(tmp_path: Path) -> None:
+    code = snippet("docs/frameworks.md", "<!-- snippet: trl -->")
+    data = prompts(16)
+    names: dict[str, Any] = {
+        "GRPOTrainer": lambda **kwargs: trl.GRPOTrainer(
+            **kwargs, processing_class=tiny_tokenizer()
+        ),
+        "apply_to_trainer": apply_to_trainer,
+        "model": tiny_model(),
+        "reward": parity,
+        "data": data,
+        "args": trl.GRPOConfig(
+            **{**SETTINGS, "output_dir": str(tmp_path), "num_generations": 4, "max_steps": 1},
+            max_completion_length=4,
+        ),
+    }
+    exec(code, names)
+    assert names["trainer"].state.log_history[0]["longact/q_proj/rows"] == 19
+    readme = snippet("README.md", "## Reinforcement learning")
+    added = [line[2:] for line in readme.splitlines() if line.startswith("+")]
+    assert added[0] == "from longact.integrations.transformers import apply_to_trainer"
+    assert added[1:] == ["apply_to_trainer(trainer, keep_ratio=0.3)"]
+    assert added[1] in code
+
+
+def test_the_readme_has_the_yaml_that_is_tested_with_verl() -> None:
+    short = yaml.safe_load(snippet("README.md", "in its YAML"))
+    tested = yaml.safe_load(snippet("docs/frameworks.md", "<!-- snippet: verl -->"))
+    del tested["actor_rollout_ref"]["actor"]["optim"]["override_optimizer_config"]
+    assert short == tested
