@@ -25,7 +25,7 @@ def main() -> None:
 
     if arguments.command == "train":
         try:
-            from longact.train import read_config
+            from longact.train import check, read_config
             from longact.train import train as run
         except ImportError as error:
             parser.exit(
@@ -33,6 +33,7 @@ def main() -> None:
             )
         try:
             config = read_config(arguments.config, arguments.overrides)
+            check(config)
         except ValueError as error:
             train.error(str(error))
         run(config)

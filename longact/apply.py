@@ -93,8 +93,7 @@ class LongAct:
     def gather_counts(self) -> None:
         """Moves what all ranks counted since the last refresh to rank 0, for a checkpoint that rank
         0 saves. Every rank must call it; what is selected stays the same."""
-        every = self.config.refresh_every
-        if every != "forward" and every > 1:  # else nothing is counted between steps
+        if self.config.refresh_every not in (1, "forward"):  # these count nothing between steps
             gather_counts(layer.selection for layer in self.projections.values())
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -42,19 +40,21 @@ class Monitor:
         self._projections = handle.projections
         self._trained: dict[str, Tensor] = {}  # rows of the last step
         self._counted: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}  # as the step begins
-        self._values: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._sums: dict[str, Tensor] = {}  # of a metric's finite values, and how many
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+        handle._hooks += self._hooks  # handle.remove() ends it
 
     def pop(self) -> dict[str, float]:
         """The means since the last call; what no step had a value for is left out."""
-        keys = list(self._values)
-        columns = [[float(v) for v in _to_host(self._values[key])] for key in keys]
-        self._values.clear()
-        finite = [[v for v in column if math.isfinite(v)] for column in columns]
-        return {key: sum(v) / len(v) for key, v in zip(keys, finite, strict=True) if v}
+        sums, self._sums = self._sums, {}
+        if not sums:
+            return {}
+        device = next(iter(sums.values())).device
+        read = torch.stack([s.to(device) for s in sums.values()]).tolist()  # one copy for all
+        return {key: s / n for key, (s, n) in zip(sums, read, strict=True) if n > 0}
 
     def remove(self) -> None:
         """Stops watching."""
@@ -93,9 +93,9 @@ class Monitor:
                 same = previous is rows
                 values["overlap"] = 1.0 if same else torch.isin(rows, previous).float().mean()
             for key, value in values.items():
-                self._values[f"longact/{kind}/{key}"].append(value)
+                self._add(f"longact/{kind}/{key}", value)
             if self._layers:
-                self._values[f"longact/rows/{name}"].append(float(rows.numel()))
+                self._add(f"longact/rows/{name}", rows.numel())
             grads += _gradients(layer, None if rows_before is not None else rows)
         self._counted = {}
         if grads:
@@ -103,7 +103,13 @@ class Monitor:
             if is_sharded(norm):
                 norm = norm.full_tensor()  # type: ignore[attr-defined]
             scale = getattr(optimizer, "grad_scale", None)  # GradScaler's, undone by the kernel
-            self._values["longact/grad_norm"].append(norm if scale is None else norm / scale)
+            self._add("longact/grad_norm", norm if scale is None else norm / scale)
+
+    def _add(self, key: str, value: Tensor | float) -> None:
+        value = torch.as_tensor(value, dtype=torch.float32)
+        one = torch.stack([value, torch.ones_like(value)])
+        one = one.where(value.isfinite(), 0)
+        self._sums[key] = self._sums[key] + one if key in self._sums else one
 
 
 def _gradients(layer: SalientLinear, rows: Tensor | None) -> list[Tensor]:
@@ -113,10 +119,3 @@ def _gradients(layer: SalientLinear, rows: Tensor | None) -> list[Tensor]:
     if rows is None:
         return grads
     return [g.index_select(0, rows.to(g.device)) for g in grads if not is_sharded(g)]
-
-
-def _to_host(values: list[Tensor | float]) -> list[float]:
-    """One copy for all."""
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    read = iter(torch.stack([v.to(tensors[0].device) for v in tensors]).tolist() if tensors else [])
-    return [next(read) if isinstance(v, Tensor) else v for v in values]

@@ -251,7 +251,10 @@ def make_dataset(
         return {"prompt": hidden(count), "answers": list(puzzle.answers), "task": task}
 
     rngs = [random.Random(f"{task} {split} {seed} {index}") for index in range(examples)]
-    puzzles = [TASKS[task](rng, split, **options) for rng in rngs]
+    try:
+        puzzles = [TASKS[task](rng, split, **options) for rng in rngs]
+    except TypeError as error:
+        raise ValueError(f"options={options}: {task} does not take them ({error})") from error
     shortest = [length(prompt(puzzle, puzzle.needles)) for puzzle in puzzles]
     if tokens < max(shortest):
         raise ValueError(

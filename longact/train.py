@@ -6,6 +6,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,8 @@ from typing import Any, Literal, cast
 
 import yaml
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import TrainerState
 from trl import ModelConfig, TrlParser
 from trl.rewards import (
     accuracy_reward,
@@ -25,7 +27,8 @@ from trl.rewards import (
 from trl.scripts.grpo import GRPOScriptArguments
 
 from longact.integrations.transformers import apply_to_trainer
-from longact.integrations.trl import GRPOConfig, GRPOTrainer
+from longact.integrations.trl import GRPOConfig, GRPOTrainer, NothingToLearnError
+from longact.selection import SelectionConfig
 from longact.tasks import TASKS, make_dataset, recall_reward
 
 __all__ = ["LongActArguments", "TaskArguments", "read_config", "train"]
@@ -94,6 +97,23 @@ class Config:
 
 
 _CLASSES = (GRPOScriptArguments, GRPOConfig, ModelConfig, LongActArguments, TaskArguments)
+#: Of TRL's script and model arguments those that `train` reads.
+_READ = {
+    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",
+    "reward_model_name_or_path", "reward_funcs",
+    "model_name_or_path", "model_revision", "dtype", "attn_implementation",
+}  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML that takes 1e-6 for a number, as everybody else does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def read_config(config: str, overrides: Sequence[str] = ()) -> Config:
@@ -112,16 +132,16 @@ def read_config(config: str, overrides: Sequence[str] = ()) -> Config:
     if not path.exists():
         recipes = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ValueError(f"{config}: no such file, and not one of the recipes ({recipes})")
-    values = yaml.safe_load(path.read_text())
+    values = _parsed(path.read_text(), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} does not hold a YAML mapping of keys to values")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r}: write key=value")
-        parsed = yaml.safe_load(value)
+        parsed = _parsed(value, override)
         # Plain values are their field's to read: YAML takes the no of `save_strategy=no` for false.
-        is_plain = isinstance(parsed, (bool, int, float))
+        is_plain = not isinstance(parsed, (str, list, dict, type(None)))
         values[key.removeprefix("--")] = value if is_plain else parsed
     _check_keys(values)
     parser = TrlParser(_CLASSES, prog=f"python -m longact train {config}")
@@ -133,9 +153,23 @@ def read_config(config: str, overrides: Sequence[str] = ()) -> Config:
     return Config(*parser.parse_args_into_dataclasses(args=[]))
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}") from error
+
+
 def _check_keys(values: Mapping[str, Any]) -> None:
     known = {f.name for cls in _CLASSES for f in fields(cls) if f.init}
+    unread = {f.name for cls in (GRPOScriptArguments, ModelConfig) for f in fields(cls)} - _READ
+    unread -= {f.name for cls in (GRPOConfig, LongActArguments, TaskArguments) for f in fields(cls)}
     for key in values:
+        if key in unread:
+            raise ValueError(
+                f"{key}: longact train does not read it (LongAct trains the projections "
+                "themselves, no adapters and no quantized weights; data sets are not streamed)"
+            )
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{key}: no such key; the nearest is {nearest}")
@@ -149,13 +183,15 @@ def train(config: Config) -> dict[str, dict[str, float]]:
     Returns:
         For each evaluation task its metrics, as in `output_dir/eval_results.json`.
     """
+    check(config)
     args, script, task = config.training, config.script, config.task
     checkpoint = _checkpoint_of(args)
     path = config.model.model_name_or_path
-    if path is None:
-        raise ValueError("model_name_or_path is missing: name the model to train")
     tokenizer = AutoTokenizer.from_pretrained(
-        path, revision=config.model.model_revision, padding_side="left"
+        path,
+        revision=config.model.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        padding_side="left",
     )
     train_set, eval_sets = _datasets(script, task, tokenizer, args.seed)
     args.model_init_kwargs = {
@@ -172,26 +208,74 @@ def train(config: Config) -> dict[str, dict[str, float]]:
         eval_dataset=next(iter(eval_sets.values()), None),
         processing_class=tokenizer,
     )
-    longact = config.longact
-    every = str(longact.refresh_every)  # of a YAML file it is an int
     apply_to_trainer(
         trainer,
-        longact.keep_ratio,
-        targets=longact.targets,
-        metric=longact.metric,  # type: ignore[arg-type]
-        scope=longact.scope,  # type: ignore[arg-type]
-        refresh_every=int(every) if every.lstrip("-").isdigit() else every,  # type: ignore[arg-type]
-        optimizer=cast("dict[str, Any] | None", longact.optimizer_options),
+        targets=config.longact.targets,
+        optimizer=cast("dict[str, Any] | None", config.longact.optimizer_options),
+        **_selection(config.longact),
     )
     before, args.eval_on_start = args.eval_on_start, False  # TRL would evaluate one set only
     if before and checkpoint is None:
-        _evaluate(trainer, eval_sets, "eval_results_before.json")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.add_callback(_EvaluateFirst(trainer, eval_sets))
+    nothing_to_learn = None
+    if checkpoint is not None and _is_finished(args, checkpoint):
+        # Trainer would train one step more.
+        trainer._load_from_checkpoint(checkpoint)
+        trainer._load_rng_state(checkpoint)
+        trainer.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    else:
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        except NothingToLearnError as error:  # what was learned until then is kept
+            nothing_to_learn = error
+        else:
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", result.metrics)
     trainer.save_model(args.output_dir)
     trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    return _evaluate(trainer, eval_sets, "eval_results.json")
+    results = _evaluate(trainer, eval_sets, "eval_results.json")
+    if nothing_to_learn is not None:
+        raise nothing_to_learn
+    return results
+
+
+def check(config: Config) -> None:
+    """What can be known to be wrong before a model is loaded.
+
+    Raises:
+        ValueError: naming the key, its value and the remedy.
+    """
+    script, task = config.script, config.task
+    if config.model.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: name the model to train")
+    if (script.dataset_name is None) == (task.task is None):
+        raise ValueError(
+            f"dataset_name={script.dataset_name}, task={task.task}: give one of them, a dataset "
+            "(a name on the hub, or a folder with train and test files) or a task of longact.tasks"
+        )
+    SelectionConfig(**_selection(config.longact))
+    _rewards(script, task, config.training)
+    _checkpoint_of(config.training)
+
+
+def _selection(longact: LongActArguments) -> dict[str, Any]:
+    every = str(longact.refresh_every)  # of a YAML file it is an int
+    return {
+        "keep_ratio": longact.keep_ratio,
+        "metric": longact.metric,
+        "scope": longact.scope,
+        "refresh_every": int(every) if every.lstrip("-").isdigit() else every,
+    }
+
+
+class _EvaluateFirst(TrainerCallback):  # type: ignore[misc]
+    """Once training begins: an evaluation before would keep the model from being wrapped (DDP)."""
+
+    def __init__(self, trainer: GRPOTrainer, eval_sets: Mapping[str, Dataset]) -> None:
+        self._trainer, self._eval_sets = trainer, eval_sets
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        _evaluate(self._trainer, self._eval_sets, "eval_results_before.json")
 
 
 def _evaluate(
@@ -212,12 +296,19 @@ def _checkpoint_of(args: GRPOConfig) -> str | None:
     """Where to go on from; a run that was killed while it saved goes on from the checkpoint before.
 
     `trainer_state.json` is the last file that a checkpoint gets.
+
+    Raises:
+        ValueError: `resume_from_checkpoint` is not a complete checkpoint, or is not given and there
+        are checkpoints.
     """
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     resumes = str(asked).lower() == "true"
     if asked and not resumes and str(asked).lower() != "false":
         if not _is_complete(Path(asked)):
-            raise ValueError(f"resume_from_checkpoint={asked}: not a complete checkpoint")
+            raise ValueError(
+                f"resume_from_checkpoint={asked}: not a complete checkpoint with an optimizer's "
+                "state (save_only_model leaves that out)"
+            )
         return str(asked)
     found = sorted(
         (p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()),
@@ -237,18 +328,18 @@ def _is_complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return False
-    return True
+    return any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
+
+
+def _is_finished(args: GRPOConfig, checkpoint: str) -> bool:
+    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    return bool(state.global_step >= (args.max_steps if args.max_steps > 0 else state.max_steps))
 
 
 def _datasets(
     script: GRPOScriptArguments, task: TaskArguments, tokenizer: Any, seed: int
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """The training set, and evaluation sets by name."""
-    if (script.dataset_name is None) == (task.task is None):
-        raise ValueError(
-            f"dataset_name={script.dataset_name}, task={task.task}: give one of them, a dataset "
-            "(a name on the hub, or a folder with train and test files) or a task of longact.tasks"
-        )
 
     def made(name: str, examples: int, split: Literal["train", "test"]) -> Dataset:
         return make_dataset(
@@ -267,6 +358,11 @@ def _datasets(
     if task.task is not None:
         return made(task.task, task.task_examples, "train"), eval_sets
     splits = load_dataset(script.dataset_name, name=script.dataset_config)
+    if script.dataset_train_split not in splits:
+        raise ValueError(
+            f"dataset_train_split={script.dataset_train_split!r}: {script.dataset_name} has "
+            f"{', '.join(splits)}"
+        )
     if script.dataset_test_split in splits:
         eval_sets = {script.dataset_test_split: splits[script.dataset_test_split], **eval_sets}
     return splits[script.dataset_train_split], eval_sets

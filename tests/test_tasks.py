@@ -226,6 +226,8 @@ def test_chains_are_interleaved() -> None:
     dataset = make_dataset("vt", tokenizer_of(TINY), TOKENS, 8)
     chains = []
     for prompt, answers in zip(dataset["prompt"], dataset["answers"], strict=True):
+        # A chain, not a star: no variable is the source of two others.
+        assert len({source for _, source in assignments_of(prompt)}) == 10
         chains.append("".join("AB"[name in answers] for name, _ in assignments_of(prompt)))
     assert len(set(chains)) >= 6
     assert sum("AB" in chain and "BA" in chain for chain in chains) >= 6
@@ -318,6 +320,8 @@ def test_text_prompts_end_in_the_first_words_of_the_answer() -> None:
         r"What are all the special magic numbers for (\w+ \w+, ){3}and \w+ \w+ mentioned", many
     )
     assert many.endswith("mentioned in the provided text are")
+    (several,) = make_dataset("niah_multivalue", tokenizer, TOKENS, 1)["prompt"]
+    assert re.search(r"What are all the special magic numbers for \w+ \w+ mentioned", several)
     (chains,) = make_dataset("vt", tokenizer, TOKENS, 1)["prompt"]
     assert re.search(r"5 variables are assigned the value (\d{5}), they are:$", chains)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ pytest.importorskip("trl", reason="needs the rl extra")
 from models import tiny_model
 from trainers import assert_equal, prompts, tiny_tokenizer
 
-from longact.train import RECIPES, read_config, train
+from longact.integrations.trl import NothingToLearnError
+from longact.train import RECIPES, _is_complete, read_config, train
 
 HERE = Path(__file__).parent
 
@@ -49,8 +51,10 @@ def arguments(base: Path, folder: Path, **overrides: Any) -> list[str]:
         "num_generations": 4,
         "gradient_accumulation_steps": 2,
         "num_iterations": 2,
-        "max_steps": 8,
+        "max_steps": 12,
         "save_steps": 3,
+        "save_total_limit": 10,
+        "steps_per_generation": 2,
         "output_dir": folder,
         **overrides,
     }
@@ -75,7 +79,7 @@ def run(recipe: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def final_state(folder: Path, step: int = 8) -> dict[str, Any]:
+def final_state(folder: Path, step: int = 12) -> dict[str, Any]:
     """Of the last checkpoint: weights, and moments, ages and rows."""
     from safetensors.torch import load_file
 
@@ -108,28 +112,89 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and not (killed / "checkpoint-3" / "trainer_state.json").exists():
+    while process.poll() is None and not _is_complete(killed / "checkpoint-3"):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (killed / "checkpoint-8").exists()
+    assert not (killed / "checkpoint-12").exists()
+    first = (killed / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns
 
     with pytest.raises(ValueError, match=r"holds checkpoints.*resume_from_checkpoint=true"):
         train(read_config(recipe, arguments(base, killed, **dapo)))
     done = run(recipe, *arguments(base, killed, resume_from_checkpoint="true", **dapo))
     assert done.returncode == 0, done.stderr[-4000:]
+    assert (killed / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns == first  # resumed
     state = final_state(whole)
     assert_equal(state, final_state(killed))
+    assert _evaluated(whole) == _evaluated(killed)
 
     # It is what it says: rows and ages of q and k, different losses, a final evaluation.
     rows = [s["rows"].numel() for s in state["optimizer"]["state"].values() if "rows" in s]
     assert rows == [19, 10, 19, 10]
-    assert [step for step, _, _ in state["losses"]] == list(range(1, 9))
+    assert [step for step, _, _ in state["losses"]] == list(range(1, 13))
     assert len({loss for _, loss, _ in state["losses"]}) > 4
-    results = json.loads((whole / "eval_results.json").read_text())
-    assert 0 < results["test"]["eval_reward"] < 1
+    assert 0 < _evaluated(whole)["test"] < 1
+    assert 0 < _evaluated(whole, "eval_results_before.json")["test"] < 1
     assert (whole / "model.safetensors").exists()
     assert "eval test metrics" in done.stdout
+
+
+def _evaluated(folder: Path, file: str = "eval_results.json") -> dict[str, float]:
+    results = json.loads((folder / file).read_text())
+    return {name: metrics["eval_reward"] for name, metrics in results.items()}
+
+
+def test_resuming_a_run_that_is_finished_trains_no_further(base: Path, tmp_path: Path) -> None:
+    """It was killed during the final evaluation, or is simply started once more."""
+    settings = {"max_steps": 3, "eval_on_start": "false"}
+    train(read_config("grpo", arguments(base, tmp_path, **settings)))
+    weights, reward = final_state(tmp_path, 3), _evaluated(tmp_path)
+    (tmp_path / "eval_results.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    again = arguments(base, tmp_path, resume_from_checkpoint="true", **settings)
+    train(read_config("grpo", again))
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert_equal(final_state(tmp_path, 3), weights)
+    assert _evaluated(tmp_path) == reward
+    from safetensors.torch import load_file
+
+    assert_equal(load_file(tmp_path / "model.safetensors"), weights["weights"])
+
+
+@pytest.mark.slow
+def test_two_processes_stay_replicas_and_resume(base: Path, tmp_path: Path) -> None:
+    """Also though the model is evaluated before it is trained, which must not keep it from being
+    wrapped in DDP."""
+    settings: dict[str, Any] = {
+        "dynamic_sampling_reward": "parity",
+        "max_steps": 5,
+        "ddp_backend": "gloo",
+        "per_device_train_batch_size": 2,
+    }
+    ranks = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
+    ranks += ["--nproc-per-node", "2", "-m", "longact", "train", "dapo"]
+    for name in ("whole", "resumed"):
+        folder = tmp_path / name
+        if name == "resumed":
+            shutil.copytree(tmp_path / "whole" / "checkpoint-3", folder / "checkpoint-3")
+            settings["resume_from_checkpoint"] = "true"
+        done = subprocess.run(
+            [*ranks, *arguments(base, folder, **settings)],
+            env=os.environ | ENV,
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    whole, resumed = (final_state(tmp_path / n, 5) for n in ("whole", "resumed"))
+    assert_equal(whole, resumed)
+    # One process alone would have other gradients from step 1 on.
+    alone = tmp_path / "alone"
+    del settings["ddp_backend"]
+    single = {**settings, "resume_from_checkpoint": "null", "max_steps": 1, "save_steps": 1}
+    train(read_config("dapo", arguments(base, alone, **single)))
+    assert whole["losses"][0] != final_state(alone, 1)["losses"][0]
 
 
 def write(path: Path, text: str) -> str:
@@ -149,6 +214,9 @@ def test_recipes_are_whole_algorithms() -> None:
     assert dapo.training.dynamic_sampling
     assert dapo.training.dynamic_sampling_reward == "recall_reward"
     assert dapo.training.beta == 0
+    # Clipping acts only where what was generated trains more than one step.
+    for_a_step = dapo.training.gradient_accumulation_steps
+    assert dapo.training.steps_per_generation * dapo.training.num_iterations > for_a_step
     for config in (grpo, dapo):
         assert config.longact.keep_ratio == 0.3
         assert config.training.learning_rate > 0
@@ -168,8 +236,12 @@ def test_overrides_are_yaml_and_take_the_types_of_their_classes(tmp_path: Path) 
             "refresh_every=forward",
             "model_init_kwargs={a: 1}",
             "use_cpu=true",
+            "run_name=2026-01-01",
+            "reward_weights=[1, 1e-1]",
         ],
     )
+    assert config.training.run_name == "2026-01-01"
+    assert config.training.reward_weights == [1, 0.1]
     assert config.longact.keep_ratio == 0.5
     assert config.longact.targets == ["q_proj"]
     assert config.longact.optimizer_options == {"state": "compact"}
@@ -189,6 +261,10 @@ def test_overrides_are_yaml_and_take_the_types_of_their_classes(tmp_path: Path) 
         ("tasks=vt", "tasks: no such key; the nearest is task"),
         ("dynamic_sample=1", "the nearest is dynamic_sampling"),
         ("keep_ratio", "'keep_ratio': write key=value"),
+        ("use_peft=true", "use_peft: longact train does not read it .*no adapters"),
+        ("load_in_4bit=true", "load_in_4bit: longact train does not read it"),
+        ("dataset_streaming=true", "dataset_streaming: longact train does not read it"),
+        ("targets=[a", "targets=.a is not YAML"),
         ("dynamic_sampling_max_rounds=0", "dynamic_sampling_max_rounds=0: must be"),
     ],
 )
@@ -197,11 +273,23 @@ def test_a_wrong_key_names_the_nearest(override: str, message: str) -> None:
         read_config("dapo", ["use_cpu=true", override])
 
 
-def test_the_command_line_reports_a_wrong_key_without_a_traceback() -> None:
-    done = run("grpo", "learning_rte=1")
-    assert done.returncode == 2
-    assert "error: learning_rte: no such key; the nearest is learning_rate" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rte=1", "error: learning_rte: no such key; the nearest is learning_rate"),
+        ("keep_ratio=0", "error: keep_ratio=0.0: must lie in (0, 1]"),
+    ],
+)
+def test_the_command_line_reports_mistakes_without_a_traceback(
+    override: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longact.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["longact", "train", "grpo", "use_cpu=true", override])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_value_of_the_wrong_type_names_the_argument(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,6 +315,8 @@ def test_a_config_that_is_not_there_names_the_recipes(tmp_path: Path) -> None:
         ({"model_name_or_path": "null"}, "model_name_or_path is missing"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere: not a complete checkpoint"),
         ({"refresh_every": "often"}, "refresh_every='often'"),
+        ({"keep_ratio": "1.5"}, "keep_ratio=1.5: must lie in"),
+        ({"dataset_train_split": "trian"}, "dataset_train_split='trian': .* has t"),
         ({"targets": "[query]"}, "nothing in LlamaForCausalLM matches 'query'"),
     ],
     ids=lambda value: str(value)[:30],
@@ -264,10 +354,44 @@ def test_resuming_passes_over_a_checkpoint_that_was_cut_off(base: Path, tmp_path
     train(read_config("grpo", fresh))
 
 
+def test_options_of_another_task_are_refused(base: Path, tmp_path: Path) -> None:
+    """The recipe's, for instance."""
+    overrides = {"dataset_name": "null", "task": "vt", "eval_tasks": "[]"}
+    with pytest.raises(ValueError, match=r"options=\{'keys': 12\}: vt does not take them"):
+        train(read_config("grpo", arguments(base, tmp_path, **overrides)))
+
+
+def test_what_was_learned_is_kept_where_nothing_is_left_to_learn(
+    base: Path, tmp_path: Path
+) -> None:
+    """DAPO on a task that the model has come to solve always."""
+    overrides = {
+        "reward_funcs": "[test_train.soon_equal]",
+        "dynamic_sampling_reward": "soon_equal",
+        "dynamic_sampling_max_rounds": 2,
+        "num_iterations": 1,
+        "eval_on_start": "false",
+        "save_strategy": "no",
+    }
+    with pytest.raises(NothingToLearnError, match="no group with different rewards"):
+        train(read_config("dapo", arguments(base, tmp_path, **overrides)))
+    assert (tmp_path / "model.safetensors").exists()
+    assert _evaluated(tmp_path) == {"test": 1.0}
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+def soon_equal(completion_ids: list[list[int]], trainer_state: Any, **kwargs: Any) -> list[float]:
+    if trainer_state.global_step >= 2:
+        return [1.0] * len(completion_ids)
+    return [float(i) for i in range(len(completion_ids))]
+
+
 def test_a_task_is_made_for_the_models_tokenizer(base: Path, tmp_path: Path) -> None:
     overrides = {
         "dataset_name": "null",
         "task": "vt",
+        "task_options": "null",
         "task_tokens": 700,
         "task_examples": 8,
         "eval_tasks": "[vt]",

@@ -492,6 +492,35 @@ def test_what_is_not_a_trainer_is_refused() -> None:
         apply_to_trainer(tiny_model())
 
 
+def test_a_model_init_is_refused(tmp_path: Path) -> None:
+    """With it train() makes a model that nothing was applied to."""
+    trainer = make_trainer("trainer", tmp_path)
+    trainer.model_init = tiny_model
+    with pytest.raises(ValueError, match=r"model_init.*pass model="):
+        apply_to_trainer(trainer)
+
+
+def test_removing_ends_the_logs_and_lets_a_run_go_on(tmp_path: Path) -> None:
+    trainer = make_trainer("trainer", tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    other = make_trainer("trainer", tmp_path, max_steps=8, save_strategy="steps", save_steps=2)
+    apply_to_trainer(other).remove()
+    other.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-8").exists()
+    third = make_trainer("trainer", tmp_path, max_steps=4)
+    handle = apply_to_trainer(third)
+
+    class Remove(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                handle.remove()
+
+    third.add_callback(Remove())
+    third.train()
+    has = ["longact/q_proj/rows" in log for log in third.state.log_history if "loss" in log]
+    assert has == [True, True, False, False]
+
+
 def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer("trainer", tmp_path)
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)

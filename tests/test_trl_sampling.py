@@ -1017,6 +1017,8 @@ def test_two_processes_share_groups_and_resume(tmp_path: Path) -> None:
     sampled = [a + b for a, b in zip(*(three["sampled"] for three in threes), strict=True)]
     for log in [log for log in threes[0]["logs"] if "loss" in log]:
         of_batch = [sampled.pop(0)[::3] for _ in range(int(log["dynamic_sampling/rounds"]))]
+        distinct = {prompt for prompts in of_batch for prompt in prompts}
+        assert len(distinct) == sum(map(len, of_batch))  # each rank has its own share
         good = [prompt not in HOPELESS for prompts in of_batch for prompt in prompts]
         assert log["dynamic_sampling/groups_kept"] == pytest.approx(sum(good) / len(good))
     assert not sampled

@@ -103,12 +103,13 @@ class LongActCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
+        name = type(self).__name__
         if not self.handle.is_applied:
+            state.stateful_callbacks[name] = self.state()
             return
         if isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         self._watch(optimizer)
-        name = type(self).__name__
         if state.global_step > 0:
             saved = state.stateful_callbacks.get(name)
             if saved is None:
@@ -204,6 +205,11 @@ def _check_trainer(trainer: Trainer) -> None:
         raise TypeError(
             f"trainer is a {type(trainer).__name__}, not a transformers.Trainer: in a loop of your "
             "own use longact.apply(model)"
+        )
+    if trainer.model_init is not None:
+        raise ValueError(
+            "the trainer has a model_init, with which train() builds another model than the one "
+            "that LongAct is applied to: pass model= instead"
         )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, LongActCallback) and callback.handle.is_applied:

@@ -26,10 +26,14 @@ from trl.trainer.utils import is_async_callable
 
 from longact.selection import LongActWarning
 
-__all__ = ["GRPOConfig", "GRPOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "NothingToLearnError"]
 
 #: One process's share of what a checkpoint must keep beside TRL's own files.
 _STATE_NAME = "sampling_state_{}.pth"
+
+
+class NothingToLearnError(RuntimeError):
+    """No group of a batch has different rewards, in as many rounds as were allowed."""
 
 
 @dataclass
@@ -242,7 +246,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
                 rounds += 1
         kept = [group for group in places if group is not None]
         if not kept:
-            raise RuntimeError(self._nothing_differs(sampled))
+            raise NothingToLearnError(self._nothing_differs(sampled))
         copies = itertools.cycle(kept)
         batch = [next(copies) if group is None else group for group in places]
         if len(kept) < len(places):
@@ -438,6 +442,11 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         path = os.path.join(output_dir, _STATE_NAME.format(self.accelerator.process_index))
         torch.save(state, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # trainer_state.json comes next, and says that all of the checkpoint is there.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
