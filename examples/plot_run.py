@@ -24,7 +24,7 @@ PANELS = {
         "longact/k_proj/activation_share",
     ],
     "overlap with the step before": ["longact/q_proj/overlap", "longact/k_proj/overlap"],
-    "gradient norm": ["grad_norm", "longact/grad_norm"],
+    "gradient norm: all, before clipping; selection": ["grad_norm", "longact/grad_norm"],
 }
 
 
@@ -65,7 +65,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 axis.plot(steps, values, style, color=f"C{color}", label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")
-        axis.set_ylim(bottom=0)
+        if "norm" in title:
+            axis.set_yscale("log")
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

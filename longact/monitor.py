@@ -90,8 +90,7 @@ class Monitor:
                 "rows": float(rows.numel()),
             }
             if previous is not None:
-                same = previous is rows
-                values["overlap"] = 1.0 if same else torch.isin(rows, previous).float().mean()
+                values["overlap"] = torch.isin(rows, previous.to(rows.device)).float().mean()
             for key, value in values.items():
                 self._add(f"longact/{kind}/{key}", value)
             if self._layers:
@@ -109,7 +108,8 @@ class Monitor:
         value = torch.as_tensor(value, dtype=torch.float32)
         one = torch.stack([value, torch.ones_like(value)])
         one = one.where(value.isfinite(), 0)
-        self._sums[key] = self._sums[key] + one if key in self._sums else one
+        before = self._sums.get(key)
+        self._sums[key] = one if before is None else before + one.to(before.device)
 
 
 def _gradients(layer: SalientLinear, rows: Tensor | None) -> list[Tensor]:
