@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ from longact.rows import local_row_buffer, local_rows
 
 STEPS = 20
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "ages")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As each rank has: the number of threads decides over the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -228,6 +238,14 @@ def _sharded(tmp: Path, run: Run, steps: int) -> list[Any]:
 
 
 def _single(run: Run, world: int, steps: int) -> list[Any]:
+    """Of one process, a new one as the ranks are: libraries that other tests load into this one
+    change the last bits of bf16 matmuls."""
+    with tempfile.TemporaryDirectory() as tmp:
+        history: list[Any] = run_ranks(1, _alone, Path(tmp), run, world, steps)[0]
+    return history
+
+
+def _alone(tmp: Path, run: Run, world: int, steps: int) -> list[Any]:
     model = _model(run)
     handle = longact.apply(model, 0.4, **run.apply)
     optimizer = models.adam(model, **run.adam)
