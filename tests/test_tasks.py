@@ -368,7 +368,7 @@ def test_what_cannot_be_made_is_refused(arguments: dict[str, Any], message: str)
 
 
 def test_an_option_that_a_task_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="niah_multiquery does not take them .*'hops'"):
+    with pytest.raises(ValueError, match=r"niah_multiquery does not take them .*'hops'"):
         make_dataset("niah_multiquery", tokenizer_of(TINY), TOKENS, 2, hops=3)
 
 
