@@ -41,7 +41,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What DeepSpeed loads changes the last bits of bf16 matmuls in its process: its tests come last.
+    # What DeepSpeed loads changes the last bits of bf16 matmuls in its process: its tests are last.
     items.sort(key=lambda item: item.path.name == "test_deepspeed.py")
     if torch.cuda.is_available():
         return
