@@ -445,14 +445,34 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit(
     expected = _single(run, 2, 6)
     _compare(history, expected, rtol=0)
 
+    (tmp_path / "one").mkdir()
+    (resumed,) = run_ranks(1, _resumed_by_one, tmp_path / "one", run)
+    _compare(resumed, expected[3:], rtol=0)
+
+
+def _resumed_by_one(tmp: Path, run: Run) -> list[Any]:
     model = models.tiny_model("qwen2", seed=5)
     handle = longact.apply(model, 0.4, **run.apply)
     optimizer = models.adam(model, **run.adam)
-    saved = torch.load(tmp_path / "whole.pt")
+    saved = torch.load(tmp.parent / "whole.pt")
     set_model_state_dict(model, saved["model"])
     set_optimizer_state_dict(model, optimizer, saved["optimizer"])
-    handle.load_state_dict(torch.load(tmp_path / "longact.pt"))
-    _compare(_train(model, handle, optimizer, run, 2, range(3, 6)), expected[3:], rtol=0)
+    handle.load_state_dict(torch.load(tmp.parent / "longact.pt"))
+    return _train(model, handle, optimizer, run, 2, range(3, 6))
+
+
+def _saved_by_one(tmp: Path) -> None:
+    run = Run()
+    model = _model(run)
+    handle = longact.apply(model, 0.4)
+    optimizer = models.adam(model)
+    _train(model, handle, optimizer, run, 2, range(2))
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "longact": handle.state_dict(),
+    }
+    torch.save(saved, tmp.parent / "single.pt")
 
 
 def _from_whole(tmp: Path, run: Run) -> list[Any]:
@@ -470,18 +490,9 @@ def _from_whole(tmp: Path, run: Run) -> list[Any]:
 
 @pytest.mark.parametrize("state", ["full", "compact"])
 def test_a_checkpoint_of_one_process_is_sharded_as_it_is_loaded(state: str, tmp_path: Path) -> None:
-    run = Run()
-    model = _model(run)
-    handle = longact.apply(model, 0.4)
-    optimizer = models.adam(model)
-    _train(model, handle, optimizer, run, 2, range(2))
-    saved = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "longact": handle.state_dict(),
-    }
-    torch.save(saved, tmp_path / "single.pt")
-    run = replace(run, adam={"state": state})
+    (tmp_path / "one").mkdir()
+    run_ranks(1, _saved_by_one, tmp_path / "one")
+    run = Run(adam={"state": state})
     history = _whole(run_ranks(2, _from_whole, tmp_path, run))
     _compare(history, _single(run, 2, 4)[2:] if state == "full" else history, rtol=0)
 
