@@ -60,8 +60,7 @@ def _one_thread() -> Iterator[None]:
 def _imported_once() -> None:
     """Ranks are forked from a process that has imported everything."""
     multiprocessing.set_forkserver_preload(
-        [
-            "longact",
+        [  # not longact: from the working directory it may come without its native module
             "torch.testing",
             "torch.distributed.fsdp",
             "torch.distributed.checkpoint.state_dict",
