@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal
 
@@ -55,6 +56,27 @@ class LongAct:
     def is_applied(self) -> bool:
         """False after `remove()`."""
         return bool(self._originals)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `longact.apply` as plain values, targets by their qualified names."""
+        return {**asdict(self.config), "targets": list(self.projections)}
+
+    def check_arguments(self, saved: Mapping[str, Any], where: str) -> None:
+        """Raises ValueError, naming each, where a checkpoint's `arguments` differ from this run's.
+
+        `where`: what was saved with them, for the message.
+        """
+        differing = [
+            f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} in this run"
+            for key, value in self.arguments.items()
+            if saved.get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{where} was saved with other LongAct arguments ({'; '.join(differing)}): resume "
+                "with the checkpoint's, or start a new run from its weights"
+            )
 
     def refresh(self) -> None:
         """Selects now, from what the forwards counted since the last refresh.

@@ -1,10 +1,11 @@
-"""What the tests of the optimizer and its kernels share: buffers, references, tolerances."""
+"""What tests share: buffers, references, tolerances, and the code that the documentation shows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -93,6 +94,18 @@ def assert_same_tree(actual: object, expected: object, what: str = "state") -> N
             assert_same_tree(a, e, f"{what}[{i}]")
     else:
         assert actual == expected, f"{what}: {actual!r} {expected!r}"
+
+
+def code_after(text: str, page: str = "docs/frameworks.md") -> str:
+    """The first block of code that follows a text of the documentation."""
+    found = (Path(__file__).parents[1] / page).read_text().partition(text)[2]
+    assert found, f"{page} has no {text!r}"
+    return found.split("```", 2)[1].partition("\n")[2]
+
+
+def snippet(name: str) -> str:
+    """A marked block of code of docs/frameworks.md."""
+    return code_after(f"<!-- snippet: {name} -->\n")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.machinery
 import logging
 import os
-import re
 import sys
 import types
 from collections.abc import Iterator
@@ -17,21 +16,18 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import snippet
 from torch import Tensor
 
 import longact
 import longact.integrations.deepspeed
 from longact.integrations.deepspeed import check_deepspeed, connect
 
-DOCS = Path(__file__).parent.parent / "docs" / "frameworks.md"
-
 
 def run_snippet(name: str, **names: Any) -> dict[str, Any]:
     """Runs a block of the docs; returns its names."""
-    found = re.search(rf"<!-- snippet: {name} -->\n```python\n(.*?)```", DOCS.read_text(), re.S)
-    assert found is not None, name
     names |= {"longact": longact, "torch": torch}
-    exec(compile(found[1], name, "exec"), names)
+    exec(compile(snippet(name), name, "exec"), names)
     return names
 
 
@@ -352,11 +348,9 @@ def _accelerated(tmp: Path, seeds: range, resume: bool) -> tuple[Any, Any, longa
 
 def _loop(names: dict[str, Any]) -> None:
     """The snippet's loop alone."""
-    found = re.search(
-        r"<!-- snippet: accelerate -->\n```python\n.*?(for batch.*?)```", DOCS.read_text(), re.S
-    )
-    assert found is not None
-    exec(compile(found[1], "loop", "exec"), names)
+    _, loop, rest = snippet("accelerate").partition("for batch")
+    assert loop
+    exec(compile(loop + rest, "loop", "exec"), names)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,6 @@ from longact.rows import local_row_buffer, local_rows
 
 STEPS = 20
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "ages")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As each rank has: the number of threads decides over the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="needs the rl extra")
+from helpers import assert_same_tree
 from models import tiny_model
-from trainers import assert_equal, prompts, tiny_tokenizer
+from trainers import prompts, tiny_tokenizer
 
 from longact.integrations.trl import NothingToLearnError
 from longact.train import RECIPES, _is_complete, read_config, train
@@ -125,7 +126,7 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(
     assert done.returncode == 0, done.stderr[-4000:]
     assert (killed / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns == first  # resumed
     state = final_state(whole)
-    assert_equal(state, final_state(killed))
+    assert_same_tree(state, final_state(killed))
     assert _evaluated(whole) == _evaluated(killed)
 
     # It is what it says: rows and ages of q and k, different losses, a final evaluation.
@@ -154,11 +155,11 @@ def test_resuming_a_run_that_is_finished_trains_no_further(base: Path, tmp_path:
     again = arguments(base, tmp_path, resume_from_checkpoint="true", **settings)
     train(read_config("grpo", again))
     assert not (tmp_path / "checkpoint-4").exists()
-    assert_equal(final_state(tmp_path, 3), weights)
+    assert_same_tree(final_state(tmp_path, 3), weights)
     assert _evaluated(tmp_path) == reward
     from safetensors.torch import load_file
 
-    assert_equal(load_file(tmp_path / "model.safetensors"), weights["weights"])
+    assert_same_tree(load_file(tmp_path / "model.safetensors"), weights["weights"])
 
 
 @pytest.mark.slow
@@ -188,7 +189,7 @@ def test_two_processes_stay_replicas_and_resume(base: Path, tmp_path: Path) -> N
         )
         assert done.returncode == 0, done.stderr[-4000:]
     whole, resumed = (final_state(tmp_path / n, 5) for n in ("whole", "resumed"))
-    assert_equal(whole, resumed)
+    assert_same_tree(whole, resumed)
 
 
 def write(path: Path, text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers import assert_same_tree, code_after, snippet
 from models import QK, changed_rows, params_of, rows_of, tiny_model
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ pytest.importorskip("trl", reason="needs the rl extra")
 import trl
 from trainers import (
     SETTINGS,
-    assert_equal,
     make_trainer,
     padded,
     parity,
@@ -165,7 +165,7 @@ def test_a_trainer_equals_the_loop_written_by_hand(tmp_path: Path) -> None:
         by_hand(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert_equal(params_of(model), params_of(by_hand))
+    assert_same_tree(params_of(model), params_of(by_hand))
     assert rows_of(handle) == rows_of(expected)
 
 
@@ -209,7 +209,7 @@ def test_grpo_counts_the_training_forwards_only(tmp_path: Path, checkpointing: b
     assert len({str(step[0]) for step in forwards.rows[1:-1]}) == 7  # it moves on at each step
     # The reference model is a plain one, and stays as it was.
     assert not any(isinstance(m, longact.nn.SalientLinear) for m in trainer.ref_model.modules())
-    assert_equal(params_of(trainer.ref_model), reference_before)
+    assert_same_tree(params_of(trainer.ref_model), reference_before)
 
 
 def test_a_truncated_completion_that_is_masked_does_not_count(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def train_twice(
 def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     whole, resumed = train_twice(kind, tmp_path)
     assert whole["optimizer"]["state"]
-    assert_equal(whole, resumed)
+    assert_same_tree(whole, resumed)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) ->
 )
 def test_resuming_with_other_options(options: dict[str, Any], tmp_path: Path) -> None:
     whole, resumed = train_twice("trainer", tmp_path, options=options)
-    assert_equal(whole, resumed)
+    assert_same_tree(whole, resumed)
 
 
 def test_resuming_between_refreshes_needs_the_counts(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_resuming_between_refreshes_needs_the_counts(tmp_path: Path) -> None:
     with pytest.warns(longact.LongActWarning, match="saved without LongAct"):
         trainer.train(resume_from_checkpoint=str(path.parent))
     with pytest.raises(AssertionError):
-        assert_equal(whole, state_of(trainer, handle))
+        assert_same_tree(whole, state_of(trainer, handle))
 
 
 @pytest.mark.filterwarnings("ignore::longact.LongActWarning")
@@ -338,7 +338,7 @@ def test_resuming_with_an_optimizer_of_another_kind(refresh_every: Any, tmp_path
     whole, resumed = train_twice(
         "grpo", tmp_path, foreign=True, options={"refresh_every": refresh_every}
     )
-    assert_equal(whole, resumed)
+    assert_same_tree(whole, resumed)
 
 
 @pytest.mark.parametrize(
@@ -613,14 +613,8 @@ def test_liger_loss_counts_alike(tmp_path: Path) -> None:
 # Documentation
 
 
-def snippet(page: str, before: str) -> str:
-    """The first block of code after a text."""
-    text = (Path(__file__).parents[1] / page).read_text()
-    return text.split(before, 1)[1].split("```", 2)[1].partition("\n")[2]
-
-
 def test_the_documented_lines_run(tmp_path: Path) -> None:
-    code = snippet("docs/frameworks.md", "<!-- snippet: trl -->")
+    code = snippet("trl")
     data = prompts(16)
     names: dict[str, Any] = {
         "GRPOTrainer": lambda **kwargs: trl.GRPOTrainer(
@@ -637,7 +631,7 @@ def test_the_documented_lines_run(tmp_path: Path) -> None:
     }
     exec(code, names)
     assert names["trainer"].state.log_history[0]["longact/q_proj/rows"] == 19
-    readme = snippet("README.md", "## Reinforcement learning")
+    readme = code_after("## Reinforcement learning", "README.md")
     added = [line[2:] for line in readme.splitlines() if line.startswith("+")]
     assert added[0] == "from longact.integrations.transformers import apply_to_trainer"
     assert added[1:] == ["apply_to_trainer(trainer, keep_ratio=0.3)"]
@@ -645,7 +639,7 @@ def test_the_documented_lines_run(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_the_yaml_that_is_tested_with_verl() -> None:
-    short = yaml.safe_load(snippet("README.md", "in its YAML"))
-    tested = yaml.safe_load(snippet("docs/frameworks.md", "<!-- snippet: verl -->"))
+    short = yaml.safe_load(code_after("in its YAML", "README.md"))
+    tested = yaml.safe_load(snippet("verl"))
     del tested["actor_rollout_ref"]["actor"]["optim"]["override_optimizer_config"]
     assert short == tested

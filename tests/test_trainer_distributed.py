@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_tree
 
 pytest.importorskip("trl", reason="needs the rl extra")
-from trainers import assert_equal
 
 HERE = Path(__file__).parent
 
@@ -41,9 +41,9 @@ def test_two_ranks_resume_between_refreshes(kind: str, tmp_path: Path) -> None:
     """Rows are chosen at steps 2, 4, 6 and the checkpoint is of step 3: what both ranks counted
     since step 2 is in it."""
     whole = run(tmp_path / "whole", kind)
-    assert_equal(whole[0], whole[1])  # replicas
+    assert_same_tree(whole[0], whole[1])  # replicas
     resumed = run(tmp_path / "resumed", kind, resume=str(tmp_path / "whole" / "checkpoint-3"))
-    assert_equal(whole, resumed)
+    assert_same_tree(whole, resumed)
 
 
 def main(folder: str, kind: str, resume: str = "") -> None:

@@ -122,19 +122,3 @@ def state_of(trainer: Trainer, handle: longact.LongAct) -> dict[str, Any]:
         "optimizer": inner.state_dict(),
         "longact": handle.state_dict(),
     }
-
-
-def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    """Nested values, tensors bit for bit."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where

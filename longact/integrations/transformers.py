@@ -11,7 +11,6 @@ import base64
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -151,27 +150,13 @@ class LongActCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {
             "args": {},
             "attributes": {
-                "config": self._config(),
+                "config": self.handle.arguments,
                 "selection": base64.b64encode(buffer.getvalue()).decode(),
             },
         }
 
-    def _config(self) -> dict[str, Any]:
-        return {**asdict(self.handle.config), "targets": list(self.handle.projections)}
-
     def _restore(self, saved: Mapping[str, Any], *, has_counts: bool) -> None:
-        here = self._config()
-        differing = [
-            f"{key}: {saved['config'].get(key)!r} in the checkpoint, {value!r} in this run"
-            for key, value in here.items()
-            if saved["config"].get(key) != value
-        ]
-        if differing:
-            raise ValueError(
-                "the checkpoint was saved with other LongAct arguments ("
-                + "; ".join(differing)
-                + "): resume with the checkpoint's, or start a new run from its weights"
-            )
+        self.handle.check_arguments(saved["config"], "the checkpoint")
         buffer = io.BytesIO(base64.b64decode(saved["selection"]))
         selection = torch.load(buffer, map_location="cpu", weights_only=True)
         if not has_counts:  # those of all ranks are rank 0's in a checkpoint

@@ -15,7 +15,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -151,7 +151,7 @@ class LongActEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
         if self.handle is not None and self.checkpoint_manager.should_save_optimizer:
-            state = {"config": self._saved_config(), **self.handle.state_dict()}
+            state = {"config": self.handle.arguments, **self.handle.state_dict()}
             torch.save(state, self._path_in(local_path))
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
@@ -172,22 +172,9 @@ class LongActEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             )
             return None
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        saved, here = state["config"], self._saved_config()
-        differing = [
-            f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} in this run"
-            for key, value in here.items()
-            if saved.get(key) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"{local_path} was saved with other LongAct options ({'; '.join(differing)}): "
-                "resume with the checkpoint's, or start a new run from its weights"
-            )
-        return state
-
-    def _saved_config(self) -> dict[str, Any]:
         assert self.handle is not None
-        return {**asdict(self.handle.config), "targets": list(self.handle.projections)}
+        self.handle.check_arguments(state["config"], local_path)
+        return state
 
     def _path_in(self, local_path: str) -> str:
         """As verl names its own files: each rank has what it counted."""
