@@ -1,20 +1,31 @@
-"""`longact.apply`: turns a model's query and key projections into `SalientLinear`, and back."""
+"""`longact.apply`: turns a model's query and key projections into `SalientLinear`, and back.
+
+What is matched by which target is in targets.py.
+"""
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
+import os
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from longact.architectures import ARCHITECTURES
-from longact.nn import CountedForward, SalientLinear, SharedInput
+from longact.capture import Capture
+from longact.nn import (
+    CompactSalientLinear,
+    CountedForward,
+    SalientEmbedding,
+    SalientLinear,
+    SharedInput,
+)
 from longact.optim import FusedMaskedAdam
 from longact.rows import check_rows, is_sharded, local_of, shard_of
 from longact.selection import (
@@ -27,8 +38,11 @@ from longact.selection import (
     refresh,
     selection_of,
 )
+from longact.targets import Matched, Target, match_embeddings, match_projections
 
 __all__ = ["LongAct", "apply"]
+
+_Layer = SalientLinear | SalientEmbedding
 
 
 class LongAct:
@@ -38,13 +52,15 @@ class LongAct:
     """
 
     def __init__(
-        self, model: nn.Module, config: SelectionConfig, projections: dict[str, SalientLinear]
+        self, model: nn.Module, config: SelectionConfig, projections: dict[str, _Layer]
     ) -> None:
         self.config = config
-        #: Qualified name -> the SalientLinear that stands there now.
+        #: Qualified name -> the SalientLinear (or SalientEmbedding) that stands there now.
         self.projections = projections
         self._model = model
-        self._originals: dict[str, tuple[nn.Linear, dict[str, Selection | None]]] = {}
+        self._targets: list[str] = []
+        self._originals: dict[str, tuple[nn.Module, dict[str, Selection | None]]] = {}
+        self._frozen: list[nn.Parameter] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -60,13 +76,16 @@ class LongAct:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `longact.apply` as plain values, targets by their qualified names."""
-        return {**asdict(self.config), "targets": list(self.projections)}
+        return {**asdict(self.config), "targets": self._targets}
 
     def check_arguments(self, saved: Mapping[str, Any], where: str) -> None:
         """Raises ValueError, naming each, where a checkpoint's `arguments` differ from this run's.
 
         `where`: what was saved with them, for the message.
         """
+        # A checkpoint of an older longact has not all of them.
+        defaults = {f.name: f.default for f in fields(self.config) if f.default is not MISSING}
+        saved = {**defaults, **saved}
         differing = [
             f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} in this run"
             for key, value in self.arguments.items()
@@ -96,10 +115,17 @@ class LongAct:
         """
         if isinstance(optimizer, FusedMaskedAdam):
             raise ValueError("optimizer is a FusedMaskedAdam: it selects at its own steps")
+        if self.config.is_compact and self.config.refresh_every != 0:
+            raise ValueError(
+                f"others='freeze' with refresh_every={self.config.refresh_every} needs "
+                "longact.FusedMaskedAdam, whose moments follow the rows of its parameters as they "
+                "change: use that, or refresh_every=0"
+            )
         layers = list(self.projections.values())
 
         def before(*_: Any) -> None:
-            first = [layer for layer in layers if layer.rows is None]
+            is_first = not self.config.is_compact
+            first = [layer for layer in layers if layer.rows is None and is_first]
             before_step(layer.selection for layer in layers)
             for layer in first:
                 _zero_unselected(layer)
@@ -115,7 +141,8 @@ class LongAct:
     def gather_counts(self) -> None:
         """Moves what all ranks counted since the last refresh to rank 0, for a checkpoint that rank
         0 saves. Every rank must call it; what is selected stays the same."""
-        if self.config.refresh_every not in (1, "forward"):  # these count nothing between steps
+        if not self.config.by_forward and self.config.refresh_every != 1:
+            # The others have counted nothing where a step ends.
             gather_counts(layer.selection for layer in self.projections.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,7 +156,36 @@ class LongAct:
                 "tokens": selection.tokens,
                 "steps": selection.steps,
             }
+            if selection.changed is not None:
+                projections[name]["changed"] = selection.changed
         return {"projections": projections}
+
+    def save_delta(self, path: str | os.PathLike[str]) -> None:
+        """Saves the rows that training changed, and nothing else: a safetensors file for
+        `longact.load_delta` and `longact.merge_delta`. (docs/deltas.md)
+
+        Raises:
+            ValueError: `others` is not `"freeze"`, so that all parameters changed; or `remove()`
+            was called.
+            ImportError: without safetensors.
+        """
+        if not self.config.is_compact:
+            raise ValueError(
+                f"others={self.config.others!r}: every parameter was trained, so save the whole "
+                "model; a delta is for longact.apply(..., others='freeze')"
+            )
+        if not self.is_applied:
+            raise ValueError("remove() was called on this handle: save the delta before")
+        from longact.delta import save
+
+        rows = {}
+        for name, layer in self.projections.items():
+            assert layer.selection.changed is not None
+            changed = layer.selection.changed.nonzero().squeeze(1).to(torch.int32)
+            for key in ("weight", "bias"):
+                if getattr(layer, key) is not None and changed.numel() > 0:
+                    rows[f"{name}.{key}"] = changed
+        save(self._model, rows, path, keep_ratio=self.config.keep_ratio)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` saved, bit for bit.
@@ -160,20 +216,28 @@ class LongAct:
             selection.choose(None if rows is None else rows.to(device, torch.int32, copy=True))
             selection.restore(saved[name]["magnitude"], saved[name]["tokens"])
             selection.steps = saved[name]["steps"]
+            if selection.changed is not None:
+                selection.changed.copy_(saved[name]["changed"])
 
     def remove(self) -> None:
-        """Puts the original `nn.Linear` modules back; the parameters stay as training left them."""
+        """Puts the original modules back; the parameters stay as training left them. What
+        `others="freeze"` froze can be trained again."""
         _reshard(self._model)
-        for name, (linear, before) in self._originals.items():
+        for name, (original, before) in self._originals.items():
             layer = self.projections[name]
             layer.is_removed = True
-            linear.train(layer.training)
+            if isinstance(layer, CompactSalientLinear):
+                layer.release_rows()
+            original.train(layer.training)
             for key, param in layer.named_parameters(recurse=False):
                 attach(param, before[key])
-            _replace(self._model, name, linear)
+            _replace(self._model, name, original)
+        for param in self._frozen:
+            param.requires_grad_(True)
         for hook in self._hooks:
             hook.remove()
         self._originals.clear()
+        self._frozen.clear()
         self._hooks.clear()
 
     def __enter__(self) -> LongAct:
@@ -195,10 +259,14 @@ def apply(
     model: nn.Module,
     keep_ratio: float = 0.3,
     *,
-    targets: str | nn.Module | Sequence[str | nn.Module] | None = None,
+    targets: Target | Sequence[Target] | None = None,
     metric: Literal["mean_abs", "rms", "max_abs"] = "mean_abs",
     scope: Literal["layer", "head", "model"] = "layer",
     refresh_every: int | Literal["forward"] = 1,
+    capture: Literal["projection", "norm", "rope"] = "projection",
+    pair_rope: bool = False,
+    others: Literal["train", "freeze"] = "train",
+    rows: Literal["salient", "touched"] = "salient",
 ) -> LongAct:
     """Makes a model train only the salient rows of its query and key projections.
 
@@ -211,66 +279,169 @@ def apply(
     sharded parameters, as always.
 
     Args:
-        model: a transformers model of a supported architecture, or any module with `targets`.
+        model: a transformers model of a supported architecture (docs/architectures.md; of a
+            vision-language model the text tower is taken), or any module with `targets`.
         keep_ratio: share of the channels to train, in (0, 1].
         targets: None: the q and k projections of the recognised architecture. Else modules, or
             names: a qualified name, its end (`"q_proj"`, `"self_attn.k_proj"`), or a pattern with
-            `*`.
+            `*`. Only some rows of one are ranked, and the others always trained, with a range:
+            `"Wqkv[0:4096]"`, or `(module, slice(0, 4096))`; several ranges of one weight are
+            ranked each by itself.
         metric: `"mean_abs"`, `"rms"` or `"max_abs"` of a channel's output over the counted tokens.
         scope: rank the channels of one projection (`"layer"`), of each head (`"head"`), or of all
             projections of the same kind (`"model"`).
         refresh_every: optimizer steps between selections; 0: select once and keep; `"forward"`:
             each training forward selects for its own backward, and the step updates their union.
+        capture: which vector counts: the projection's output, or q and k after the attention's norm
+            (`"norm"`) or as its scores have them, after norm and rotation (`"rope"`).
+        pair_rope: the two channels that the rotary embedding turns together are selected together;
+            channels that it does not turn are ranked by themselves.
+        others: `"train"`: everything else is trained as before. `"freeze"`: nothing else is, and
+            gradients, moments and masters exist of the selected rows alone, which are parameters
+            of their own (`longact.nn.CompactSalientLinear`). Construct the optimizer afterwards.
+            The first training forward then selects, as it ends.
+        rows: `"salient"`, or `"touched"`: `targets` are embeddings (None: the model's input
+            embedding), of which a step trains the rows of the tokens that it read.
 
     Returns:
-        The handle: `.projections`, `.rows`, `.refresh()`, `.state_dict()`, `.remove()`.
+        The handle: `.projections`, `.rows`, `.refresh()`, `.state_dict()`, `.save_delta()`,
+        `.remove()`.
 
     Raises:
         ValueError: an argument out of range, an unknown architecture, nothing matched, or a shared
         weight.
         TypeError: a matched module that is not a plain `nn.Linear` (LoRA-wrapped, quantized).
-        NotImplementedError: a model under FSDP1, which flattens parameters.
+        NotImplementedError: a model under FSDP1, which flattens parameters, or sharded parameters
+        with `others="freeze"`.
     """
-    config = SelectionConfig(keep_ratio, metric, scope, refresh_every)
+    config = SelectionConfig(
+        keep_ratio, metric, scope, refresh_every, capture, pair_rope, others, rows
+    )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _refuse_fsdp1(model)
-    matched = _check_projections(
-        model, _match(model, _targets_of(model) if targets is None else targets)
-    )
-    head_dim = _head_dim(model, matched) if scope == "head" else 0
+    match = match_embeddings if rows == "touched" else match_projections
+    matched = match(model, targets, config)
+    if config.is_compact:
+        _check_compact(model, matched)
     _reshard(model)
 
-    decoder = _decoder(model, matched)
+    decoder = decoder_of(model, (one.module for one in matched.values()))
     parameters = list(inspect.signature(decoder.forward).parameters)
     position = parameters.index("attention_mask") if "attention_mask" in parameters else None
     counted = CountedForward(position)
 
     handle = LongAct(model, config, {})
-    for name, linear in matched.items():
-        before = {key: selection_of(p) for key, p in linear.named_parameters(recurse=False)}
-        layer = SalientLinear.from_linear(linear, Selection())
-        layer.counted = counted
-        selection = layer.selection
-        selection.config, selection.name, selection.head_dim = config, name, head_dim
-        selection.kind = name.rpartition(".")[2]
-        selection.move(linear.out_features, linear.weight.device)
-        handle.projections[name] = layer
-        handle._originals[name] = (linear, before)
-        _replace(model, name, layer)
-    blocks: dict[str, list[SalientLinear]] = {}
-    for name, layer in handle.projections.items():
-        blocks.setdefault(name.rpartition(".")[0], []).append(layer)
-    for layers in blocks.values():
-        shared = SharedInput(layers if len(layers) == 2 else ())
-        counted.shared.append(shared)
-        for layer in layers:
-            layer.shared = shared
-    handle._hooks = [
+    for name, one in matched.items():
+        _put_in_place(handle, name, one, counted)
+    if others == "freeze":
+        _freeze_others(handle)
+    handle._hooks += [
         decoder.register_forward_pre_hook(counted.enter, with_kwargs=True),
         decoder.register_forward_hook(counted.leave, always_call=True),
     ]
+    blocks: dict[str, dict[str, Matched]] = {}
+    for name, one in matched.items():
+        block, _, leaf = name.rpartition(".")
+        blocks.setdefault(block, {})[leaf] = one
+        handle._targets += one.targets(name)
+    if rows == "salient":
+        for block, of_block in blocks.items():
+            _connect(handle, block, of_block, counted)
     return handle
+
+
+def _put_in_place(handle: LongAct, name: str, matched: Matched, counted: CountedForward) -> None:
+    """One layer, which counts and selects."""
+    module, config = matched.module, handle.config
+    selection = Selection(
+        config=config, name=name, candidates=matched.candidates, always=matched.always
+    )
+    before = {key: selection_of(p) for key, p in module.named_parameters(recurse=False)}
+    layer: _Layer
+    if isinstance(module, nn.Embedding):
+        selection.move(module.num_embeddings, module.weight.device)
+        layer = SalientEmbedding.from_embedding(module, selection)
+    else:
+        selection.move(module.out_features, module.weight.device)
+        cls = CompactSalientLinear if config.is_compact else SalientLinear
+        layer = cls.from_linear(module, selection)
+    layer.counted = counted
+    handle.projections[name] = layer
+    handle._originals[name] = (module, before)
+    _replace(handle._model, name, layer)
+
+
+def _connect(
+    handle: LongAct, block: str, matched: Mapping[str, Matched], counted: CountedForward
+) -> None:
+    """The projections of one attention module: what they share, and what counts of them."""
+    attention = handle._model.get_submodule(block)
+    layers: list[Any] = [getattr(attention, leaf) for leaf in matched]
+    shared = SharedInput(layers if len(layers) == 2 else ())
+    counted.shared.append(shared)
+    for layer in layers:
+        layer.shared = shared
+    capture = handle.config.capture
+    if capture == "projection":
+        return
+    entry = next(iter(matched.values())).entry
+    assert entry is not None
+    captured = Capture(capture, attention, entry, {leaf: m.heads for leaf, m in matched.items()})
+    handle._hooks += captured.hooks
+    for layer in layers:
+        layer.capture = captured
+
+
+def _check_compact(model: nn.Module, matched: Mapping[str, Matched]) -> None:
+    """What others="freeze" cannot do, before anything is changed."""
+    for name, one in matched.items():
+        if is_sharded(one.module.weight):
+            raise NotImplementedError(
+                f"others='freeze': {name}.weight is sharded (FSDP2, tensor parallelism), and rows "
+                "of it cannot be parameters of their own: use DistributedDataParallel, or "
+                "others='train'"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"others='freeze': {name or 'the model'} is a DistributedDataParallel, which does "
+                "not see parameters that come later: call longact.apply on the model first, then "
+                "wrap it"
+            )
+
+
+def _freeze_others(handle: LongAct) -> None:
+    """Nothing but rows is trained; what another handle trains stays as it is."""
+    compact = [x for x in handle.projections.values() if isinstance(x, CompactSalientLinear)]
+    for layer in compact:
+        handle._frozen += [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        layer.hold_rows(layer.selection.num_chosen)
+        assert layer.counted is not None
+        layer.counted.compact.append(layer.selection)
+    for param in handle._model.parameters():
+        if selection_of(param) is None and param.requires_grad:
+            param.requires_grad_(False)
+            handle._frozen.append(param)
+    if compact:
+        write = _WriteRows([weakref.ref(layer) for layer in compact])
+        handle._hooks.append(register_optimizer_step_post_hook(write))
+
+
+class _WriteRows:
+    """After any optimizer's step: the parameters that hold rows become these rows' values."""
+
+    def __init__(self, layers: Sequence[weakref.ReferenceType[Any]]) -> None:
+        self._layers = layers  # torch holds this for as long as the process runs
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if isinstance(optimizer, FusedMaskedAdam):  # did it, before it chose other rows
+            return
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for ref in self._layers:
+            layer = ref()
+            if layer is not None and id(layer.salient_weight) in own:
+                layer.write_rows()
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:
@@ -300,11 +471,12 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _zero_unselected(layer: SalientLinear) -> None:
+def _zero_unselected(layer: _Layer) -> None:
     """Of a gradient that was computed before there were rows."""
     if layer.rows is None:
         return
-    selected = torch.zeros(layer.out_features, dtype=torch.bool, device=layer.rows.device)
+    num_rows = layer.weight.shape[0]
+    selected = torch.zeros(num_rows, dtype=torch.bool, device=layer.rows.device)
     selected[layer.rows.long()] = True
     for param in layer.parameters(recurse=False):
         if param.grad is not None:
@@ -315,170 +487,48 @@ def _zero_unselected(layer: SalientLinear) -> None:
             local_of(param.grad)[~here] = 0
 
 
-def _check_entry(entry: Any, layer: SalientLinear) -> None:
+def _check_entry(entry: Any, layer: _Layer) -> None:
     """One projection's part of `LongAct.state_dict()`."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"is a {type(entry).__name__}, not a dict")
-    for key in ("rows", "magnitude", "tokens", "steps"):
+    channels = layer.weight.shape[0]
+    shapes = {"rows": None, "magnitude": (channels,), "tokens": ()}
+    dtypes = {"magnitude": torch.float32, "tokens": torch.int64, "changed": torch.bool}
+    if layer.selection.changed is not None:
+        shapes["changed"] = (channels,)
+    for key in (*shapes, "steps"):
         if key not in entry:
             raise ValueError(f"has no {key!r}")
-    for key, shape in (("rows", None), ("magnitude", (layer.out_features,)), ("tokens", ())):
+    for key, shape in shapes.items():
         value = entry[key]
-        if value is None:
+        if value is None and key != "changed":
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} is a {type(value).__name__}, not a tensor")
-        dtype = {"magnitude": torch.float32, "tokens": torch.int64}.get(key, value.dtype)
-        if value.dtype != dtype:
-            raise ValueError(f"{key} is {value.dtype}, not {dtype}")
+        if value.dtype != dtypes.get(key, value.dtype):
+            raise ValueError(f"{key} is {value.dtype}, not {dtypes[key]}")
         if shape is not None and tuple(value.shape) != shape:
             raise ValueError(
-                f"{key} has shape {[*value.shape]}, the projection has {layer.out_features} "
-                f"channels"
+                f"{key} has shape {[*value.shape]}, the projection has {channels} channels"
             )
     if entry["rows"] is not None:
         check_rows(entry["rows"].to(layer.weight.device), layer.weight)
+        layer.selection.check_count(entry["rows"])
     if isinstance(entry["steps"], bool) or not isinstance(entry["steps"], int):
         raise ValueError(f"steps is {entry['steps']!r}, not an int")
 
 
-def _decoder(model: nn.Module, matched: Mapping[str, nn.Module]) -> nn.Module:
+def decoder_of(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
     """The module whose forward sees the attention mask.
 
     That is transformers' base model, inside of a wrapper too; else the model itself.
     """
+    wanted = set(layers)
     for module in model.modules():
         base = getattr(module, "base_model", None)
-        if isinstance(base, nn.Module) and all(_inside(base, m) for m in matched.values()):
+        if isinstance(base, nn.Module) and wanted <= set(base.modules()):
             return base
     return model
-
-
-def _targets_of(model: nn.Module) -> tuple[str, ...]:
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
-    what = f"architecture {model_type!r}" if model_type else f"model {type(model).__name__}"
-    raise ValueError(
-        f"{what} is not recognised: supported are {', '.join(sorted(ARCHITECTURES))}. For another "
-        "one name its query and key projections: longact.apply(model, targets=['q_proj', 'k_proj'])"
-    )
-
-
-def _match(
-    model: nn.Module, targets: str | nn.Module | Sequence[str | nn.Module]
-) -> dict[str, nn.Module]:
-    """Qualified name -> module, in the model's own order."""
-    wanted: list[str | nn.Module]
-    if isinstance(targets, (str, nn.Module)):
-        targets = [targets]
-    if not isinstance(targets, Iterable):
-        raise TypeError(f"targets={targets!r}: pass module names, patterns or modules")
-    wanted = list(targets)
-    modules = dict(model.named_modules())
-    matched: dict[str, nn.Module] = {}
-    for target in wanted:
-        if isinstance(target, nn.Module):
-            names = [name for name, module in modules.items() if module is target]
-        elif isinstance(target, str):
-            names = [
-                name
-                for name in modules
-                if name == target
-                or name.endswith("." + target)
-                or fnmatch.fnmatchcase(name, target)
-            ]
-        else:
-            raise TypeError(f"targets holds {target!r}: pass module names, patterns or modules")
-        if not names:
-            linears = sorted(
-                {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear)}
-            )
-            raise ValueError(
-                f"targets: nothing in {type(model).__name__} matches {target!r}; its linear layers "
-                f"are named {', '.join(linears) or '(none)'}"
-            )
-        matched.update((name, modules[name]) for name in names)
-    if not matched:
-        raise ValueError("targets is empty: name the projections to train by salient rows")
-    if "" in matched:
-        raise ValueError(
-            "targets matches the model itself: pass the module that holds the projections"
-        )
-    return {name: matched[name] for name in modules if name in matched}
-
-
-def _check_projections(model: nn.Module, matched: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
-    """The matched modules, each a plain linear layer with a weight of its own."""
-    projections: dict[str, nn.Linear] = {}
-    owners: dict[int, str] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for key, param in module.named_parameters(recurse=False):
-            owner = f"{module_name}.{key}"
-            other = owners.setdefault(id(param), owner)
-            if other != owner and (module_name in matched or other.rpartition(".")[0] in matched):
-                raise ValueError(
-                    f"{owner} and {other} are the same parameter (tied weights): rows salient for "
-                    "one would be trained for the other too. Untie them, or leave them out of "
-                    "targets"
-                )
-    for name, module in matched.items():
-        kind = f"{type(module).__module__}.{type(module).__name__}"
-        if isinstance(module, SalientLinear):
-            raise ValueError(
-                f"{name} is a SalientLinear already: call remove() on its handle first"
-            )
-        if hasattr(module, "base_layer"):
-            raise TypeError(
-                f"{name} is wrapped by an adapter ({kind}), which trains its own weights and not "
-                "the projection's: merge it first (peft: model.merge_and_unload()), or train "
-                "without it"
-            )
-        if type(module) is not nn.Linear:
-            if hasattr(module, "unshard"):
-                raise TypeError(
-                    f"{name} is a {kind}, which fully_shard was called on itself: call "
-                    "longact.apply before it, or shard the block around it"
-                )
-            raise TypeError(
-                f"{name} is a {kind}, not a plain torch.nn.Linear: rows of a quantized or "
-                "otherwise special projection cannot be trained; load the model unquantized, in "
-                "bfloat16 say"
-            )
-        if not module.weight.is_floating_point():
-            raise TypeError(f"{name}.weight is {module.weight.dtype}: load the model unquantized")
-        if "forward" in module.__dict__:
-            raise TypeError(
-                f"{name}.forward was replaced (accelerate's device_map offloading does that): load "
-                "the model on one device, or call "
-                "accelerate.hooks.remove_hook_from_submodules(model)"
-            )
-        projections[name] = module
-    return projections
-
-
-def _head_dim(model: nn.Module, matched: Mapping[str, nn.Linear]) -> int:
-    config: Any = getattr(model, "config", None)
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and hasattr(config, "num_attention_heads"):
-        head_dim = config.hidden_size // config.num_attention_heads
-    if head_dim is None:
-        raise ValueError(
-            "scope='head' needs the model's head dimension: give the model a `config` with "
-            "`head_dim`, or use scope='layer'"
-        )
-    for name, module in matched.items():
-        if module.out_features % head_dim:
-            raise ValueError(
-                f"scope='head': {name} has {module.out_features} channels, not a multiple of the "
-                f"head dimension {head_dim}"
-            )
-    return int(head_dim)
-
-
-def _inside(parent: nn.Module, module: nn.Module) -> bool:
-    return any(module is m for m in parent.modules())
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils import get_total_norm
 
 from longact.apply import LongAct
 from longact.kernels.topk_rows import magnitude_of
-from longact.nn import SalientLinear
+from longact.nn import SalientEmbedding, SalientLinear
 from longact.rows import is_sharded
 
 __all__ = ["Monitor"]
@@ -73,11 +73,11 @@ class Monitor:
         grads: list[Tensor] = []
         for name, (total, tokens, rows_before) in self._counted.items():
             layer = self._projections[name]
-            config, kind = layer.selection.config, layer.selection.kind
+            config, kind = layer.selection.config, name.rpartition(".")[2]
             assert config is not None
             # Later steps train the rows chosen before them; the first, and one of forwards with
             # rows of their own, those chosen as it began.
-            is_known = rows_before is not None and config.refresh_every != "forward"
+            is_known = rows_before is not None and not config.by_forward
             rows = rows_before if is_known else layer.rows
             if rows is None:
                 continue
@@ -95,7 +95,8 @@ class Monitor:
                 self._add(f"longact/{kind}/{key}", value)
             if self._layers:
                 self._add(f"longact/rows/{name}", rows.numel())
-            grads += _gradients(layer, None if rows_before is not None else rows)
+            is_whole = rows_before is None and not config.is_compact
+            grads += _gradients(layer, rows if is_whole else None)
         self._counted = {}
         if grads:
             norm = get_total_norm(grads)
@@ -112,7 +113,7 @@ class Monitor:
         self._sums[key] = one if before is None else before + one.to(before.device)
 
 
-def _gradients(layer: SalientLinear, rows: Tensor | None) -> list[Tensor]:
+def _gradients(layer: SalientLinear | SalientEmbedding, rows: Tensor | None) -> list[Tensor]:
     """Of weight and bias; `rows` of them where others are not zero (which sharded ones have no
     norm for)."""
     grads = [p.grad for p in layer.parameters(recurse=False) if p.grad is not None]

@@ -1,21 +1,30 @@
-"""`SalientLinear`: a linear layer whose weight gradient is computed for its selected rows only."""
+"""Layers that train some of their rows: `SalientLinear`, of which only the gradient of the selected
+rows is computed; `CompactSalientLinear`, where nothing else has a gradient at all;
+`SalientEmbedding`."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longact.architectures import LINEAR_LIKE
 from longact.kernels.channel_magnitude import channel_magnitude
 from longact.kernels.projection import fuses, projections
-from longact.kernels.row_grad import is_for_triton, linear_grads, row_sums
-from longact.selection import Selection, attach, selection_of
+from longact.kernels.row_grad import is_for_triton, linear_grads, row_grad, row_sums
+from longact.rows import is_sharded
+from longact.selection import Selection, attach, refresh, selection_of
 
-__all__ = ["SalientLinear"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from longact.capture import Capture
+
+__all__ = ["CompactSalientLinear", "SalientEmbedding", "SalientLinear"]
 
 
 class CountedForward:
@@ -34,6 +43,7 @@ class CountedForward:
         self.mask: Tensor | None = None
         self._flat_masks: dict[tuple[torch.Size, torch.device], Tensor] = {}  # of an output's kind
         self.shared: list[SharedInput] = []
+        self.compact: list[Selection] = []  # which need rows before the first backward
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.active = module.training and torch.is_grad_enabled()
@@ -46,6 +56,10 @@ class CountedForward:
         self.mask = mask if is_token_mask else None
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.active and output is not None and not torch.compiler.is_compiling():
+            first = [selection for selection in self.compact if selection.rows is None]
+            if first:
+                refresh(first, keep_counts=True)
         self.active = False
         self.mask = None
         self._flat_masks.clear()
@@ -179,6 +193,64 @@ class _RowGradLinear(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias if needs_bias else None, None, None
 
 
+class _CompactRowGradLinear(torch.autograd.Function):
+    """Gives `y = input weight^T + bias`, computed already, a backward whose weight gradient is that
+    of the selected rows, for the parameters that hold these alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        salient_weight: Tensor,
+        salient_bias: Tensor | None,
+        rows: Tensor | None,
+        selection: Selection | None,
+        y: Tensor,
+    ) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, salient_weight, _, rows, selection, _ = inputs
+        ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None)
+        ctx.rows, ctx.selection, ctx.dtype = rows, selection, salient_weight.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        input, weight = ctx.saved_tensors
+        needs_input, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        grad_input = grad_weight = grad_bias = None
+        if needs_input:
+            grad_input = grad_output @ weight
+        rows = ctx.rows if ctx.selection is None else _rows_of_backward(ctx.rows, ctx.selection)
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if needs_weight:
+            grad_weight = row_grad(flat, input.reshape(-1, input.shape[-1]), rows).to(ctx.dtype)
+        if needs_bias:
+            grad_bias = flat.index_select(1, rows).sum(0).to(ctx.dtype)
+        return grad_input, None, grad_weight, grad_bias, None, None, None
+
+
+def _rows_of_backward(rows: Tensor | None, selection: Selection) -> Tensor:
+    """Of a forward before the first selection they are those that were chosen as it ended."""
+    now = selection.rows
+    if now is None:
+        raise RuntimeError(
+            f"{selection.name}: no rows are selected yet, and with others='freeze' there is no "
+            "gradient without: run the forward in training mode (model.train()), with finite "
+            "activations and tokens that count, or call handle.refresh() after such forwards"
+        )
+    if rows is not None and rows is not now:
+        raise RuntimeError(
+            f"{selection.name}: its rows changed between this forward and its backward, whose "
+            "gradient would belong to others: run backward before step() or refresh()"
+        )
+    return now
+
+
 def _grad_so_far(weight: Tensor | None, grad_output: Tensor, input: Tensor) -> Tensor | None:
     """The gradient that earlier micro-batches left in `weight.grad`, if this one may be added to
     its rows in place: autograd would first fill a gradient of full size with zeros, then add all of
@@ -215,61 +287,29 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-class SalientLinear(nn.Linear):
-    """`nn.Linear` that trains only its selected output channels.
-
-    Same constructor, parameters, `state_dict` and outputs as `nn.Linear`. With a selection the
-    backward computes `weight.grad` and `bias.grad` for the selected rows alone; the other rows are
-    exactly zero. The gradient of the input is the full one. `longact.apply` puts these in place and
-    chooses the rows from the activations; `longact.set_rows(layer.weight, rows)` chooses them by
-    hand. (LongAct, arXiv 2604.14922.)
-    """
+class _Selecting(nn.Module):
+    """A layer with a `Selection`, which hangs on its parameters, too."""
 
     selection: Selection
     counted: CountedForward | None
-    shared: SharedInput | None
     is_removed = False  # by LongAct.remove(); FSDP2 puts its parameters in all the same
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.counted = self.shared = None
-        self._attach(Selection())
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, selection: Selection | None = None) -> SalientLinear:
-        """A SalientLinear that shares everything of `linear`: parameters, hooks, training mode.
-
-        Without a `selection` given, one that `longact.set_rows` hung on the weight stays.
-
-        Raises:
-            TypeError: `linear` is not a plain `nn.Linear` (LoRA-wrapped, quantized, ...).
-        """
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"linear is a {type(linear).__module__}.{type(linear).__name__}: only a plain "
-                "torch.nn.Linear can become a SalientLinear"
-            )
-        salient = cls.__new__(cls)
-        salient.__dict__.update(linear.__dict__)
-        salient.counted = salient.shared = None
-        salient._attach(selection or selection_of(linear.weight) or Selection())
-        return salient
 
     @property
     def rows(self) -> Tensor | None:
         """The selected rows, int32 ascending; None: all."""
         return self.selection.rows
 
+    @classmethod
+    def _from(cls, layer: nn.Module, selection: Selection) -> Self:
+        salient = cls.__new__(cls)
+        salient.__dict__.update(layer.__dict__)
+        salient.counted = None
+        salient._attach(selection)
+        return salient
+
     def _attach(self, selection: Selection) -> None:
         self.selection = selection
-        for param in (self.weight, self.bias):
+        for param in self._parameters.values():
             if param is not None:
                 attach(param, selection)
 
@@ -284,7 +324,7 @@ class SalientLinear(nn.Linear):
         # FSDP2 goes through register_parameter only where a module has its own __setattr__.
         super().__setattr__(name, value)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SalientLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._attach(self.selection)
         return self
@@ -297,6 +337,55 @@ class SalientLinear(nn.Linear):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._attach(self.selection)
 
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it computes what `nn.Linear` does; classes of its own name what they do."""
+    return type(module) is nn.Linear or (
+        isinstance(module, nn.Linear) and type(module).__name__ in LINEAR_LIKE
+    )
+
+
+class SalientLinear(_Selecting, nn.Linear):
+    """`nn.Linear` that trains only its selected output channels.
+
+    Same constructor, parameters, `state_dict` and outputs as `nn.Linear`. With a selection the
+    backward computes `weight.grad` and `bias.grad` for the selected rows alone; the other rows are
+    exactly zero. The gradient of the input is the full one. `longact.apply` puts these in place and
+    chooses the rows from the activations; `longact.set_rows(layer.weight, rows)` chooses them by
+    hand. (LongAct, arXiv 2604.14922.)
+    """
+
+    shared: SharedInput | None = None
+    capture: Capture | None = None  # what counts in place of the output
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.counted = None
+        self._attach(Selection())
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, selection: Selection | None = None) -> Self:
+        """A SalientLinear that shares everything of `linear`: parameters, hooks, training mode.
+
+        Without a `selection` given, one that `longact.set_rows` hung on the weight stays.
+
+        Raises:
+            TypeError: `linear` is not a plain `nn.Linear` (LoRA-wrapped, quantized, ...).
+        """
+        if not is_plain_linear(linear):
+            raise TypeError(
+                f"linear is a {type(linear).__module__}.{type(linear).__name__}: only a plain "
+                "torch.nn.Linear can become a SalientLinear"
+            )
+        return cls._from(linear, selection or selection_of(linear.weight) or Selection())
+
     def forward(self, input: Tensor) -> Tensor:
         selection, counted = self.selection, self.counted
         counts = counted is not None and counted.active
@@ -305,7 +394,7 @@ class SalientLinear(nn.Linear):
                 f"{selection.name}: torch.nn.DataParallel's copies of a model cannot count for it: "
                 "use DistributedDataParallel (torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        by_forward = selection.config is not None and selection.config.refresh_every == "forward"
+        by_forward = selection.config is not None and selection.config.by_forward
         if counts and by_forward and not torch.is_grad_enabled():
             raise NotImplementedError(
                 f"{selection.name}: refresh_every='forward' does not work with reentrant "
@@ -320,10 +409,7 @@ class SalientLinear(nn.Linear):
                 "(torch.distributed.fsdp.fully_shard), without parametrizations"
             )
         rows = selection.rows_now(self.weight)
-        if rows is not None and rows.shape[0] == self.out_features:
-            rows = None  # they are distinct: all of them
-        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if not (torch.is_grad_enabled() and trains and (rows is not None or by_forward)):
+        if not (torch.is_grad_enabled() and self._has_row_grad(rows)):
             y = F.linear(input, self.weight, self.bias)
             if counts:
                 self._observe(y)
@@ -344,6 +430,20 @@ class SalientLinear(nn.Linear):
                 rows = rows if own_rows is None else own_rows
             else:
                 y = F.linear(input, weight, bias)
+        return self._with_row_grad(input, weight, bias, rows, y)
+
+    def _has_row_grad(self, rows: Tensor | None) -> bool:
+        """Whether the backward is one of some rows; else it is autograd's own."""
+        config = self.selection.config
+        by_forward = config is not None and config.by_forward
+        # As many rows as there are, distinct: all of them.
+        some = rows is not None and rows.shape[0] != self.out_features
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return trains and (some or by_forward)
+
+    def _with_row_grad(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, y: Tensor
+    ) -> Tensor:
         if rows is None:
             # Run again by activation checkpointing, which wants the same tensors saved.
             rows = torch.arange(self.out_features, dtype=torch.int32, device=y.device)
@@ -355,6 +455,9 @@ class SalientLinear(nn.Linear):
         assert self.counted is not None
         assert self.selection.config is not None
         totals, tokens = self.selection.counters(y.device)
+        if self.capture is not None:
+            self.capture.project(self, y.detach())
+            return None
         channel_magnitude(
             y.detach().reshape(-1, y.shape[-1]),
             self.counted.token_mask(y),
@@ -364,14 +467,162 @@ class SalientLinear(nn.Linear):
         )
         return self.selection.take(totals, tokens)
 
+    def count_channels(self, y: Tensor, rows: Tensor, *, counts_tokens: bool) -> None:
+        """Counts `y [batch, tokens, channels]` as the magnitudes of some of the rows."""
+        assert self.counted is not None
+        assert self.selection.config is not None
+        metric = self.selection.config.metric
+        totals, tokens = self.selection.counters(y.device)
+        counted = tokens if counts_tokens else None
+        mask = self.counted.token_mask(y)
+        rows = rows.to(y.device)
+        own = channel_magnitude(y.reshape(-1, y.shape[-1]), mask, metric, counted=counted)
+        if metric == "max_abs":
+            own = torch.maximum(own, totals[rows])
+            totals.index_copy_(0, rows, own)
+        else:
+            totals.index_add_(0, rows, own)
+
     def _project(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """A counted output, without a gradient, and its rows where each forward has its own."""
         x = input.reshape(-1, input.shape[-1])
-        if self.shared is None or not fuses(x, [weight], [bias]):
+        if self.shared is None or self.capture is not None or not fuses(x, [weight], [bias]):
             y = F.linear(input, weight, bias)
             return y, self._observe(y)
         flat, totals, tokens = self.shared.output(self, input, weight, bias)
         rows = self.selection.take(totals, tokens)
         return flat.view(*input.shape[:-1], flat.shape[-1]), rows
+
+
+class CompactSalientLinear(SalientLinear):
+    """A SalientLinear that trains its selected rows alone, as parameters of their own.
+
+    `weight` and `bias` are frozen, and are what the forward uses. `salient_weight [rows, in]` and
+    `salient_bias [rows]` are what is trained: the values of the selected rows, which go back into
+    weight and bias after each optimizer step. So gradients, moments and masters have `[rows, in]`
+    elements, whatever is done with them (accumulation, clipping, DDP, GradScaler). They are not in
+    the `state_dict`, which is `nn.Linear`'s. `longact.apply(..., others="freeze")` puts these in
+    place.
+    """
+
+    salient_weight: nn.Parameter
+    salient_bias: nn.Parameter | None
+
+    def hold_rows(self, num_rows: int) -> None:
+        """Makes the parameters; `weight` and `bias` are frozen."""
+        for name in ("weight", "bias"):
+            param = getattr(self, name)
+            held = None
+            if param is not None:
+                param.requires_grad_(False)
+                held = nn.Parameter(param.new_zeros((num_rows, *param.shape[1:])))
+            self.register_parameter(f"salient_{name}", held)
+        self._attach(self.selection)
+
+    def release_rows(self) -> None:
+        """Takes the parameters out again, which the layer that this was made from shares."""
+        self.selection.holder = None
+        for name in ("salient_weight", "salient_bias"):
+            self._parameters.pop(name)
+
+    def _attach(self, selection: Selection) -> None:
+        super()._attach(selection)
+        selection.holder = weakref.ref(self)
+
+    def _held(self) -> list[tuple[Tensor, Tensor]]:
+        """(all rows, the selected ones)"""
+        pairs = [(self.weight, self.salient_weight), (self.bias, self.salient_bias)]
+        if is_sharded(self.weight) or is_sharded(self.salient_weight):
+            raise NotImplementedError(
+                f"{self.selection.name}: others='freeze' does not work with sharded parameters "
+                "(FSDP2, tensor parallelism): use DistributedDataParallel, or others='train'"
+            )
+        return [(whole, held) for whole, held in pairs if whole is not None and held is not None]
+
+    @torch.no_grad()
+    def read_rows(self) -> None:
+        """The parameters become those of the rows that are selected now."""
+        assert self.rows is not None
+        for whole, held in self._held():
+            held.copy_(whole.index_select(0, self.rows))
+
+    @torch.no_grad()
+    def write_rows(self) -> None:
+        """What a step made of the parameters becomes the selected rows' values."""
+        if self.rows is None:
+            return
+        rows = self.rows.long()
+        for whole, held in self._held():
+            whole.index_copy_(0, rows, held)
+        assert self.selection.changed is not None
+        self.selection.changed.index_fill_(0, rows, True)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        for name in ("salient_weight", "salient_bias"):
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs
+        )
+        own = (f"{prefix}salient_weight", f"{prefix}salient_bias")
+        missing_keys[:] = [key for key in missing_keys if key not in own]
+        if self.rows is not None:
+            self.read_rows()
+
+    def _has_row_grad(self, rows: Tensor | None) -> bool:
+        held = (self.salient_weight, self.salient_bias)
+        return any(param is not None and param.requires_grad for param in held)
+
+    def _with_row_grad(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, y: Tensor
+    ) -> Tensor:
+        selection: Selection | None = self.selection
+        if torch.compiler.is_compiling():
+            if rows is None:
+                raise RuntimeError(
+                    f"{self.selection.name}: no rows are selected yet, which a compiled forward "
+                    "cannot do: run a training forward of the model uncompiled first"
+                )
+            selection = None
+        return _CompactRowGradLinear.apply(  # type: ignore[no-any-return]
+            input, weight, self.salient_weight, self.salient_bias, rows, selection, y
+        )
+
+
+class SalientEmbedding(_Selecting, nn.Embedding):
+    """`nn.Embedding` of which a step trains the rows that its tokens read.
+
+    Same parameters, `state_dict` and outputs as `nn.Embedding`; the gradient is its own, of full
+    size. `longact.apply(model, targets=..., rows="touched")` puts these in place: the step then
+    updates the rows of the tokens that counted since the last one, over all micro-batches and
+    data-parallel ranks, and every other row keeps each bit, its moments and its age.
+    """
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, selection: Selection) -> Self:
+        """One that shares everything of `embedding`: parameters, hooks, training mode."""
+        return cls._from(embedding, selection)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        if self.counted is not None and self.counted.active:
+            union = self.selection.union
+            assert union is not None
+            if union.device != y.device:
+                self.selection.move(self.num_embeddings, y.device)
+                union = self.selection.union
+                assert union is not None
+            mask = self.counted.token_mask(y)
+            ids = input.flatten()
+            counts = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
+            # Not union[ids[mask]] = True, for whose size the host would wait.
+            touched = torch.zeros_like(union, dtype=ids.dtype).index_add_(0, ids, counts)
+            union.logical_or_(touched > 0)
+        return y

@@ -222,6 +222,7 @@ class FusedMaskedAdam(Optimizer):
         if any_sharded:
             self._check_shards(pairs)
         if not pairs:
+            self._check_holders()
             return loss
 
         # Weight and bias of a projection share one selection.
@@ -265,6 +266,9 @@ class FusedMaskedAdam(Optimizer):
                 state.clear()
                 state.update(old)
             raise
+        for selection in selections:
+            if (layer := selection.held_by()) is not None:
+                layer.write_rows()
         after_step(selections)
         return loss
 
@@ -281,7 +285,9 @@ class FusedMaskedAdam(Optimizer):
                 if (grad := param.grad) is not None
             ]
             start += len(params)
-        for param, grad, _, _, _ in pairs:
+        for param, grad, selection, _, index in pairs:
+            if selection is not None and selection.is_compact:
+                self._check_compact(param, selection, self.param_groups[index])
             if grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"{self._name_of(param)} has a gradient of layout {grad.layout}: "
@@ -289,6 +295,32 @@ class FusedMaskedAdam(Optimizer):
                     "torch.optim.SparseAdam for it, or nn.Embedding(sparse=False)"
                 )
         return pairs
+
+    def _check_compact(self, param: Tensor, selection: Selection, group: dict[str, Any]) -> None:
+        if group["inactive"] != "freeze":
+            raise ValueError(
+                f"{self._name_of(param)}: inactive={group['inactive']!r} updates unselected rows, "
+                "which others='freeze' freezes: use inactive='freeze'"
+            )
+        if selection.rows is None or not selection.fits(param):
+            raise RuntimeError(
+                f"{self._name_of(param)} has a gradient and no selected rows: with others='freeze' "
+                "a training forward selects them first"
+            )
+
+    def _check_holders(self) -> None:
+        """Of frozen weights whose selected rows are parameters that are not in this optimizer."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        own = {id(param) for param in params}
+        for param in params:
+            selection = selection_of(param)
+            layer = None if selection is None else selection.held_by()
+            if layer is not None and id(layer.salient_weight) not in own:
+                raise RuntimeError(
+                    f"{layer.selection.name}: the parameters that longact.apply(..., "
+                    "others='freeze') trains are not in this optimizer: construct it afterwards, "
+                    "from model.parameters()"
+                )
 
     def _check_shards(self, pairs: list[tuple[Tensor, Tensor, Selection | None, int, int]]) -> None:
         for param, _, selection, _, _ in pairs:
@@ -359,9 +391,10 @@ class FusedMaskedAdam(Optimizer):
                 if capturing and not selection.has_buffer(param):
                     raise RuntimeError(STEP_BEFORE_CAPTURE)
                 rows = selection.buffer_for(param)
+            holds_rows = selection is not None and selection.is_compact
             if (
                 not state
-                or (compact and state.get("moment_rows") is not rows)
+                or ((compact or holds_rows) and state.get("moment_rows") is not rows)
                 or (
                     selection is not None
                     and freeze
@@ -375,6 +408,8 @@ class FusedMaskedAdam(Optimizer):
                     raise RuntimeError(STEP_BEFORE_CAPTURE)
                 undo.append((state, dict(state)))
                 self._fit_state(param, state, selection, rows, group)
+            if holds_rows:
+                rows = None  # the parameter has no others
             update = (
                 param, grad, state["exp_avg"], state["exp_avg_sq"],
                 state["max_exp_avg_sq"] if amsgrad else None,
@@ -401,15 +436,15 @@ class FusedMaskedAdam(Optimizer):
                     "(torch.distributed.fsdp.fully_shard)"
                 )
             like = param
-            if self._compact and rows is not None:
+            if self._has_compact_moments(selection) and rows is not None:
                 num_rows = _rows_here(param, rows).numel()
                 like = local_of(param).new_empty((num_rows, *param.shape[1:]))
                 state["moment_rows"] = rows
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(like, dtype=self._dtype_of_moments(param))
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        if self._compact and state.get("moment_rows") is not rows:
-            _remap_compact(param, state, rows)
+        if self._has_compact_moments(selection) and state.get("moment_rows") is not rows:
+            _remap_compact(param, state, rows, selection)
         freeze = group["inactive"] == "freeze"
         if freeze and "ages" not in state and _has_ages(selection, rows):
             state["ages"] = _row_ages(param, state)
@@ -417,11 +452,15 @@ class FusedMaskedAdam(Optimizer):
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
         if self._has_master(param) and "master" not in state:
             moment_rows = state.get("moment_rows")
+            holds_rows = selection is not None and selection.is_compact
             state["master"] = (
                 _master_of(param, None)
-                if moment_rows is None
+                if moment_rows is None or holds_rows
                 else _master_of(local_of(param), _rows_here(param, moment_rows))
             )
+
+    def _has_compact_moments(self, selection: Selection | None) -> bool:
+        return self._compact or (selection is not None and selection.is_compact)
 
     def _has_master(self, param: Tensor) -> bool:
         return self._master_weights and param.dtype in _HALF
@@ -458,7 +497,7 @@ class FusedMaskedAdam(Optimizer):
                 if "moment_rows" in entry and is_sharded(param):
                     # Moments of some rows of some ranks would pass for those of all.
                     entry = state_dict["state"][position] = dict(entry)
-                    _remap_compact(param, entry, None)
+                    _remap_compact(param, entry, None, selection)
                 if rows is not None and entry:
                     state_dict["state"][position] = {**entry, "rows": rows}
                 position += 1
@@ -504,7 +543,10 @@ class FusedMaskedAdam(Optimizer):
                 converted[key] = _Verbatim(self._loaded_state(param, entry))
                 if selected is not None:
                     selected = _loaded_integers("rows", selected, param)
-                    check_rows(selected, param)
+                    selection = selection_of(param)
+                    check_rows(selected, param, _num_rows(param, selection))
+                    if selection is not None:
+                        selection.check_count(selected)
                     rows.append((param, selected))
             except ValueError as error:
                 raise ValueError(f"state of {self._name_of(param)}: {error}") from None
@@ -533,7 +575,8 @@ class FusedMaskedAdam(Optimizer):
                     "unsharded FusedMaskedAdam with state='full', and save that"
                 )
             moment_rows = _loaded_integers("moment_rows", moment_rows, param)
-            check_rows(moment_rows, param)
+            selection = selection_of(param)
+            check_rows(moment_rows, param, _num_rows(param, selection))
             like = like.new_empty((moment_rows.numel(), *param.shape[1:]))
         for key in _MOMENTS:
             value = entry.pop(key, None)
@@ -565,8 +608,8 @@ class FusedMaskedAdam(Optimizer):
             state["ages"] = _loaded(ages, _sharded_as(param, own) if is_sharded(param) else own)
         if moment_rows is not None:
             state["moment_rows"] = moment_rows
-            if not self._compact:
-                _remap_compact(param, state, None)
+            if not self._has_compact_moments(selection):
+                _remap_compact(param, state, None, selection)
         return {**state, **entry}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -638,7 +681,14 @@ def _master_of(param: Tensor, rows: Tensor | None) -> Tensor:
     return picked.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) -> None:
+def _num_rows(param: Tensor, selection: Selection | None) -> int:
+    """How many rows there are to select from; a parameter may hold some of them only."""
+    return param.shape[0] if selection is None else selection.num_rows_of(param)
+
+
+def _remap_compact(
+    param: Tensor, state: dict[str, Any], rows: Tensor | None, selection: Selection | None = None
+) -> None:
     """Makes compact moments follow the selection.
 
     Rows that stay keep moments, age and master, rows that leave are dropped, rows that enter start
@@ -652,8 +702,9 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
     # Each rank has the moments of its own rows.
     old, rows = (None if r is None else _rows_here(param, r) for r in (old, rows))
     param = local_of(param)
+    holds_rows = selection is not None and selection.is_compact
     # Of each row among the old moments, or -1. Nothing here waits for a GPU.
-    position = torch.arange(param.shape[0], device=param.device)
+    position = torch.arange(_num_rows(param, selection), device=param.device)
     if old is not None:
         position = torch.full_like(position, -1).index_copy_(0, old.long(), position[: old.numel()])
     if rows is not None:
@@ -664,7 +715,7 @@ def _remap_compact(param: Tensor, state: dict[str, Any], rows: Tensor | None) ->
             continue
         before = local_of(state[key])
         entering = (
-            _master_of(param, rows)
+            _master_of(param, None if holds_rows else rows)
             if key == "master"
             else before.new_zeros((position.numel(), *before.shape[1:]))
         )

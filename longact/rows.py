@@ -11,8 +11,11 @@ from torch.nn import functional as F
 _INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
-def check_rows(rows: Tensor, param: Tensor) -> None:
-    """Raises ValueError unless `rows` are ascending distinct rows of `param`, on its device."""
+def check_rows(rows: Tensor, param: Tensor, num_rows: int | None = None) -> None:
+    """Raises ValueError unless `rows` are ascending distinct rows of `param`, on its device.
+
+    `num_rows`: of what `param` holds some rows of.
+    """
     if param.dim() == 0:
         raise ValueError("param has no rows: it is 0-dimensional")
     if rows.dtype == torch.bool:
@@ -31,9 +34,10 @@ def check_rows(rows: Tensor, param: Tensor) -> None:
     if rows.numel() == 0:
         return
     low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= param.shape[0]:
+    num_rows = param.shape[0] if num_rows is None else num_rows
+    if low < 0 or high >= num_rows:
         raise ValueError(
-            f"rows has index {low if low < 0 else high}: param has rows 0 to {param.shape[0] - 1}"
+            f"rows has index {low if low < 0 else high}: param has rows 0 to {num_rows - 1}"
         )
     steps = rows[1:].long() - rows[:-1].long()
     if bool((steps <= 0).any()):

@@ -8,8 +8,9 @@ counters, `before_step` and `after_step` turn them into rows at the step boundar
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,6 +45,10 @@ class SelectionConfig:
     metric: Literal["mean_abs", "rms", "max_abs"] = "mean_abs"
     scope: Literal["layer", "head", "model"] = "layer"
     refresh_every: int | Literal["forward"] = 1
+    capture: Literal["projection", "norm", "rope"] = "projection"
+    pair_rope: bool = False
+    others: Literal["train", "freeze"] = "train"
+    rows: Literal["salient", "touched"] = "salient"
 
     def __post_init__(self) -> None:
         ratio = self.keep_ratio
@@ -68,10 +73,76 @@ class SelectionConfig:
                 "refresh_every='forward' selects inside each projection's own forward, where the "
                 "other projections are not known yet: use scope='layer' or 'head'"
             )
+        if self.capture not in ("projection", "norm", "rope"):
+            raise ValueError(f"capture={self.capture!r}: use 'projection', 'norm' or 'rope'")
+        if every == "forward" and self.capture != "projection":
+            raise ValueError(
+                f"refresh_every='forward' selects inside the projection, before what "
+                f"capture={self.capture!r} counts is known: use capture='projection', or "
+                "refresh_every=1"
+            )
+        if not isinstance(self.pair_rope, bool):
+            raise ValueError(f"pair_rope={self.pair_rope!r}: use True or False")
+        if self.others not in ("train", "freeze"):
+            raise ValueError(f"others={self.others!r}: use 'train' or 'freeze'")
+        if self.rows not in ("salient", "touched"):
+            raise ValueError(f"rows={self.rows!r}: use 'salient' or 'touched'")
+        if self.rows == "touched":
+            self._check_touched()
+        elif self.others == "freeze":
+            for name, value in (("scope", "model"), ("refresh_every", "forward")):
+                if getattr(self, name) == value:
+                    raise ValueError(
+                        f"others='freeze' with {name}={value!r}, which trains another number of "
+                        "rows at each step: the parameters that hold them cannot grow; use "
+                        "scope='layer' or 'head', and a number for refresh_every"
+                    )
+
+    def _check_touched(self) -> None:
+        """What says how salient rows are chosen says nothing of touched ones."""
+        for name in ("keep_ratio", "metric", "scope", "refresh_every", "capture", "pair_rope"):
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name}={value!r} with rows='touched', which trains the rows that the step's "
+                    f"tokens read: leave {name} out"
+                )
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the parameters that are trained hold the selected rows alone."""
+        return self.others == "freeze" and self.rows == "salient"
+
+    @property
+    def by_forward(self) -> bool:
+        """Whether a step trains the union of the rows that its forwards chose."""
+        return self.refresh_every == "forward" or self.rows == "touched"
 
     def count(self, channels: int) -> int:
         """k of n channels: `max(1, floor(keep_ratio * n + 0.5))`."""
         return max(1, int(self.keep_ratio * channels + 0.5))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Channels of a projection that are ranked among each other: all, or those that make q or k."""
+
+    kind: str  # scope="model" ranks those of one kind, of all projections, together
+    head: int  # how many units scope="head" ranks together
+    #: int64 [units, channels]: what is chosen as one, a channel or a rotary pair; None: each
+    #: channel of the projection, in order.
+    units: Tensor | None = None
+
+    def totals(self, totals: Tensor, metric: str) -> Tensor:
+        """`[units]` from the channels' `[channels]`."""
+        if self.units is None:
+            return totals
+        of_units = totals[self.units]
+        return of_units.amax(1) if metric == "max_abs" else of_units.sum(1)
+
+    def rows(self, chosen: Tensor) -> Tensor:
+        """The rows of chosen units, int32."""
+        return chosen if self.units is None else self.units[chosen.long()].flatten().int()
 
 
 @dataclass
@@ -83,13 +154,16 @@ class Selection:
     buffer: Tensor | None = None
     config: SelectionConfig | None = None  # None: rows are set by hand only
     name: str = ""
-    kind: str = ""  # projections of one kind (q, k) are ranked together by scope="model"
-    head_dim: int = 0
+    candidates: tuple[Candidates, ...] = ()
+    always: Tensor | None = None  # int32: rows that are no candidates and stay selected
     magnitude: Tensor | None = None  # fp32 [channels]: totals since the last refresh
     tokens: Tensor | None = None  # int64: counted tokens since the last refresh
     steps: int = 0  # optimizer steps since the last refresh
     warned: bool = False
     report: _Report | None = None  # of the refreshes on a GPU that this selection is the first of
+    # others="freeze": the layer whose parameters hold the selected rows alone.
+    holder: weakref.ReferenceType[Any] | None = None
+    changed: Tensor | None = None  # bool [channels]: rows that a step of these may have changed
     captured: int | None = None  # rows that a captured backward reads at each replay
     # Of these rows those in a shard, as a buffer or not; kept, as `rows` are, while they hold.
     on_shard: dict[tuple[Shard, bool], Tensor] = field(default_factory=dict)
@@ -102,7 +176,37 @@ class Selection:
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a buffer and a report of its own, and is in no captured graph.
         none: dict[str, Any] = {"buffer": None, "report": None, "captured": None, "on_shard": {}}
-        return {**self.__dict__, **none}
+        return {**self.__dict__, **none, "holder": None}
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the parameters that are trained hold the selected rows alone."""
+        return self.config is not None and self.config.is_compact
+
+    @property
+    def num_chosen(self) -> int:
+        """How many rows a refresh selects."""
+        counts, heads = _ranking(self)
+        always = 0 if self.always is None else self.always.numel()
+        return always + sum(
+            (self.num_units(c) // head) * k * (1 if c.units is None else c.units.shape[1])
+            for c, k, head in zip(self.candidates, counts, heads, strict=True)
+        )
+
+    def num_units(self, candidates: Candidates) -> int:
+        if candidates.units is not None:
+            return candidates.units.shape[0]
+        assert self.union is not None
+        return self.union.shape[0]
+
+    def join(self, chosen: Sequence[Tensor]) -> Tensor:
+        """The rows to train, of the chosen units of each of the candidates."""
+        rows = [c.rows(units) for c, units in zip(self.candidates, chosen, strict=True)]
+        if self.always is not None:
+            rows.append(self.always)
+        # Units of one channel in order need no sorting.
+        is_sorted = len(rows) == 1 and self.candidates[0].units is None
+        return rows[0] if is_sorted else torch.cat(rows).sort().values
 
     def choose(self, rows: Tensor | None) -> None:
         if self.captured is not None and (rows is None or rows.numel() != self.captured):
@@ -118,11 +222,32 @@ class Selection:
         self.on_shard = {}
         if self.buffer is not None:
             self._fill_buffer()
+        if (layer := self.held_by()) is not None and rows is not None:
+            layer.read_rows()
+
+    def held_by(self) -> Any:
+        return None if self.holder is None else self.holder()
+
+    def check_count(self, rows: Tensor | None) -> None:
+        """Raises ValueError where the parameters that hold the rows have room for others."""
+        layer = self.held_by()
+        if layer is not None and (rows is None or rows.numel() != layer.salient_weight.shape[0]):
+            raise ValueError(
+                f"rows={'None' if rows is None else f'{rows.numel()} rows'}: with others='freeze' "
+                f"{self.name} trains {layer.salient_weight.shape[0]} rows, always"
+            )
+
+    def num_rows_of(self, param: Tensor) -> int:
+        """How many rows there are to select from."""
+        if self.is_compact and self.union is not None:
+            return self.union.shape[0]
+        return param.shape[0] if param.dim() > 0 else 0
 
     def fits(self, param: Tensor) -> bool:
         """Whether the parameter has a row for each channel; one of rows set by hand does."""
-        channels = self.magnitude
-        return channels is None or (param.dim() > 0 and param.shape[0] == channels.shape[0])
+        if self.is_compact:
+            return self.rows is not None and param.shape[:1] == self.rows.shape
+        return self.union is None or param.shape[:1] == self.union.shape
 
     def rows_on(self, shard: Shard, *, as_buffer: bool) -> Tensor:
         """The rows that lie in a shard of the parameter, counted from its start."""
@@ -160,8 +285,8 @@ class Selection:
 
     def rows_now(self, param: Tensor) -> Tensor | None:
         """The rows; while a CUDA graph is captured in the place that its replays find them in."""
-        by_forward = self.config is not None and self.config.refresh_every == "forward"
-        if by_forward or torch.compiler.is_compiling():
+        by_forward = self.config is not None and self.config.by_forward
+        if by_forward or self.is_compact or torch.compiler.is_compiling():
             return self.rows
         if not param.is_cuda or not is_capturing() or (self.rows is None and self.config is None):
             return self.rows
@@ -210,9 +335,7 @@ class Selection:
         assert self.forward_rows is not None
         assert self.union is not None
         assert self.spoiled is not None
-        (rows,), status = select_rows(
-            [totals], [tokens], [self.forward_rows], *_ranking([self]), self.config.metric
-        )
+        (rows,), status = _choose_from([_Totals(self, totals, tokens)], [self.forward_rows])
         # In places that stay, for replays of a captured forward.
         self.forward_rows.copy_(rows)
         self.union.index_fill_(0, rows.long(), True)
@@ -223,24 +346,43 @@ class Selection:
 
     def move(self, channels: int, device: torch.device) -> None:
         """Makes what is counted, or puts it on the device that the activations are on."""
-        if self.magnitude is None or self.magnitude.is_meta:
-            self.magnitude = torch.zeros(channels, dtype=torch.float32, device=device)
-            self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        if self.union is None or self.union.is_meta:
             self.union = torch.zeros(channels, dtype=torch.bool, device=device)
             self.spoiled = torch.zeros((), dtype=torch.bool, device=device)
-            (k,), (head_dim,) = _ranking([self])
-            first = torch.arange(0, channels, head_dim, dtype=torch.int32, device=device)
-            offset = torch.arange(k, dtype=torch.int32, device=device)
-            self.forward_rows = (first[:, None] + offset).flatten()
+            if self.is_compact:
+                self.changed = torch.zeros_like(self.union)
+            self._move_candidates(device)
+            if self.candidates:
+                self.magnitude = torch.zeros(channels, dtype=torch.float32, device=device)
+                self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+                self.forward_rows = self._first_rows(device)
         else:
-            for name in ("magnitude", "tokens", "union", "spoiled", "forward_rows"):
-                setattr(self, name, getattr(self, name).to(device))
+            self._move_candidates(device)
+            names = ("magnitude", "tokens", "union", "spoiled", "forward_rows", "changed")
+            for name in names:
+                if getattr(self, name) is not None:
+                    setattr(self, name, getattr(self, name).to(device))
+
+    def _move_candidates(self, device: torch.device) -> None:
+        self.candidates = tuple(
+            c if c.units is None else replace(c, units=c.units.to(device)) for c in self.candidates
+        )
+        self.always = None if self.always is None else self.always.to(device)
+
+    def _first_rows(self, device: torch.device) -> Tensor:
+        """Of each head the first, as many as are selected."""
+        chosen = []
+        for c, k, head in zip(self.candidates, *_ranking(self), strict=True):
+            first = torch.arange(0, self.num_units(c), head, dtype=torch.int32, device=device)
+            offset = torch.arange(k, dtype=torch.int32, device=device)
+            chosen.append((first[:, None] + offset).flatten())
+        return self.join(chosen)
 
     def restore(self, magnitude: Tensor | None, tokens: Tensor | None) -> None:
         """A checkpoint's counts, into the places that captured graphs know; its rows are set."""
-        assert self.magnitude is not None
-        assert self.tokens is not None
         if magnitude is not None and tokens is not None:
+            assert self.magnitude is not None
+            assert self.tokens is not None
             self.magnitude.copy_(magnitude)
             self.tokens.copy_(tokens)
         self.drop_union()
@@ -261,7 +403,7 @@ def _zero(tensors: Iterable[Tensor | None]) -> None:
         torch._foreach_zero_(present)
 
 
-def _forget(selections: Sequence[Selection]) -> None:
+def forget(selections: Sequence[Selection]) -> None:
     """They start counting afresh."""
     _zero(s.magnitude for s in selections)
     _zero(s.tokens for s in selections)
@@ -295,17 +437,18 @@ def set_rows(param: Tensor, rows: Tensor | Sequence[int] | None) -> None:
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"param must be a tensor, got {type(param).__name__}")
+    selection = selection_of(param)
     if rows is not None:
         if not isinstance(rows, Tensor):
             rows = _as_tensor(rows, param.device)
-        check_rows(rows, param)
+        check_rows(rows, param, None if selection is None else selection.num_rows_of(param))
         rows = rows.to(torch.int32, copy=True).contiguous()
-    selection = selection_of(param)
     if selection is None:
         if rows is None:
             return
         selection = Selection()
         attach(param, selection)
+    selection.check_count(rows)
     selection.choose(rows)
 
 
@@ -331,17 +474,14 @@ def get_rows(param: Tensor) -> Tensor | None:
     return None if selection is None else selection.rows
 
 
-def _ranking(selections: Sequence[Selection]) -> tuple[list[int], list[int]]:
-    """How many channels of each head each selects, and the channels of a head; with scope "layer"
-    a projection is one head."""
-    counts, head_dims = [], []
-    for selection in selections:
-        assert selection.config is not None
-        assert selection.magnitude is not None
-        by_head = selection.config.scope == "head"
-        head_dims.append(selection.head_dim if by_head else selection.magnitude.shape[0])
-        counts.append(selection.config.count(head_dims[-1]))
-    return counts, head_dims
+def _ranking(selection: Selection) -> tuple[list[int], list[int]]:
+    """Of each of a selection's candidates: how many units of a head are chosen, and how many units
+    a head has. But with scope="head" all of them are one head."""
+    config = selection.config
+    assert config is not None
+    by_head = config.scope == "head"
+    heads = [c.head if by_head else selection.num_units(c) for c in selection.candidates]
+    return [config.count(head) for head in heads], heads
 
 
 class _Totals(NamedTuple):
@@ -352,7 +492,47 @@ class _Totals(NamedTuple):
     tokens: Tensor
 
 
-def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
+def _choose_from(
+    members: Sequence[_Totals], previous: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Tensor]:
+    """Rows and states (`select_rows`) of projections on one device; where nothing can be chosen
+    the previous rows, if there are as many. Nothing is read by the host."""
+    config = members[0].selection.config
+    assert config is not None
+    totals, tokens, olds, counts, heads, owners = [], [], [], [], [], []
+    for i, (selection, total, over) in enumerate(members):
+        for c, k, head in zip(selection.candidates, *_ranking(selection), strict=True):
+            totals.append(c.totals(total, config.metric))
+            tokens.append(over)
+            olds.append(previous[i] if _is_plain(selection) else None)
+            counts.append(k)
+            heads.append(head)
+            owners.append(i)
+    chosen, status = select_rows(totals, tokens, olds, counts, heads, config.metric)
+    if len(owners) == len(members) and all(_is_plain(m.selection) for m in members):
+        return chosen, status
+    of_member: list[list[int]] = [[] for _ in members]
+    for piece, owner in enumerate(owners):
+        of_member[owner].append(piece)
+    rows, states = [], []
+    for member, pieces, old in zip(members, of_member, previous, strict=True):
+        new = member.selection.join([chosen[piece] for piece in pieces])
+        state = torch.stack([status[piece] for piece in pieces]).amax()
+        if old is not None and old.shape == new.shape:
+            new = torch.where(state == CHOSEN, new, old)
+        rows.append(new)
+        states.append(state)
+    return rows, torch.stack(states)
+
+
+def _is_plain(selection: Selection) -> bool:
+    """Whether each of its channels is a candidate by itself."""
+    return len(selection.candidates) == 1 and selection.candidates[0].units is None
+
+
+def refresh(
+    selections: Iterable[Selection], *, wait: bool = True, keep_counts: bool = False
+) -> None:
     """Chooses rows anew from what was counted since the last refresh, and starts counting afresh.
 
     Data-parallel ranks (of the default process group) add up their totals first, so that all select
@@ -362,7 +542,8 @@ def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
 
     `wait=False`: nothing is read of selections on a GPU that have rows already, so that nothing
     waits for the device; the warning then comes with a later refresh. With scope="model", where
-    the number of rows changes, they are read all the same.
+    the number of rows changes, they are read all the same. `keep_counts=True`: what was counted
+    counts for the next choice, too.
     """
     ranked: dict[object, list[_Totals]] = {}  # those that go together
     over_model: dict[object, list[_Totals]] = {}
@@ -371,32 +552,23 @@ def refresh(selections: Iterable[Selection], *, wait: bool = True) -> None:
         config = totals.selection.config
         assert config is not None
         if config.scope == "model":
-            over_model.setdefault((config, totals.selection.kind), []).append(totals)
+            over_model.setdefault(config, []).append(totals)
         else:
             ranked.setdefault((config.metric, totals.total.device), []).append(totals)
     for members in ranked.values():
         _select(members, wait=wait)
     for members in over_model.values():
         _select_over_model(members)
-    _forget(counting)
+    if not keep_counts:
+        forget(counting)
 
 
 def _select(members: list[_Totals], *, wait: bool) -> None:
     """Scopes "layer" and "head": all projections on a device at once."""
     selections = [member.selection for member in members]
-    config = selections[0].config
-    assert config is not None
     device = members[0].total.device
-    counts, head_dims = _ranking(selections)
     previous = [_previous(selection, device) for selection in selections]
-    chosen, status = select_rows(
-        [member.total for member in members],
-        [member.tokens for member in members],
-        previous,
-        counts,
-        head_dims,
-        config.metric,
-    )
+    chosen, status = _choose_from(members, previous)
     # Rows that were chosen by hand may be of another number: they are read once.
     fits = (
         old is not None and old.shape == new.shape
@@ -422,22 +594,35 @@ def _previous(selection: Selection, device: torch.device) -> Tensor | None:
 
 
 def _select_over_model(members: list[_Totals]) -> None:
-    """Scope "model": the channels of all projections of a kind are ranked together."""
+    """Scope "model": the candidates of one kind, of all projections, are ranked together."""
     config = members[0].selection.config
     assert config is not None
-    device = members[0].total.device
-    magnitudes = [magnitude_of(m.total, m.tokens, config.metric) for m in members]
-    states = [status_of(y, m.tokens) for y, m in zip(magnitudes, members, strict=True)]
-    codes = torch.stack([state.to(device) for state in states]).tolist()
-    for member, code in zip(members, codes, strict=True):
-        _warn_if(member.selection, code)
-    usable = [i for i, code in enumerate(codes) if code == CHOSEN]
-    if NOT_FINITE in codes or not usable:
-        return
-    ranked = [magnitudes[i].to(device) for i in usable]
-    chosen = topk_rows_over(ranked, config.count(sum(y.shape[0] for y in ranked)))
-    for i, rows in zip(usable, chosen, strict=True):
-        _choose(members[i].selection, rows.to(magnitudes[i].device))
+    kinds: dict[str, list[tuple[int, int]]] = {}  # whose candidates, and which of them
+    for i, member in enumerate(members):
+        for j, c in enumerate(member.selection.candidates):
+            kinds.setdefault(c.kind, []).append((i, j))
+    chosen: list[dict[int, Tensor]] = [{} for _ in members]
+    for pieces in kinds.values():
+        ranked, states = [], []
+        for i, j in pieces:
+            selection, total, tokens = members[i]
+            totals = selection.candidates[j].totals(total, config.metric)
+            ranked.append(magnitude_of(totals, tokens, config.metric).to(members[0].total.device))
+            states.append(status_of(ranked[-1], tokens.to(ranked[-1].device)))
+        codes = torch.stack(states).tolist()
+        for (i, _), code in zip(pieces, codes, strict=True):
+            _warn_if(members[i].selection, code)
+        usable = [n for n, code in enumerate(codes) if code == CHOSEN]
+        if NOT_FINITE in codes or not usable:
+            continue
+        magnitudes = [ranked[n] for n in usable]
+        count = config.count(sum(y.shape[0] for y in magnitudes))
+        for n, units in zip(usable, topk_rows_over(magnitudes, count), strict=True):
+            i, j = pieces[n]
+            chosen[i][j] = units.to(members[i].total.device)
+    for (selection, _, _), units_of in zip(members, chosen, strict=True):
+        if len(units_of) == len(selection.candidates):
+            _choose(selection, selection.join([units for _, units in sorted(units_of.items())]))
 
 
 def _is_remote(tensor: Tensor) -> bool:
@@ -502,7 +687,7 @@ def gather_counts(selections: Iterable[Selection]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     if dist.get_rank() != 0:
-        _forget(counting)
+        forget(counting)
         return
     for selection, total, tokens in gathered:
         assert selection.magnitude is not None
@@ -556,20 +741,23 @@ def _check_capturable(selection: Selection) -> None:
     config = selection.config
     assert config is not None
     rows = selection.rows
-    if config.refresh_every not in (0, 1) or config.scope == "model" or rows is None:
+    every = "forward" if config.by_forward else config.refresh_every
+    if every not in (0, 1) or config.scope == "model" or rows is None:
         raise RuntimeError(
             f"{selection.name}: a captured step selects at every replay or never: use "
             "refresh_every=1 or 0 with scope='layer' or 'head', and call step() before the "
-            f"capture (refresh_every={config.refresh_every!r}, scope={config.scope!r}, "
+            f"capture (refresh_every={every!r}, scope={config.scope!r}, "
             f"{'no' if rows is None else 'with'} rows)"
         )
-    assert selection.magnitude is not None
-    (k,), (head_dim,) = _ranking([selection])
-    chosen = selection.magnitude.shape[0] // head_dim * k
-    if config.refresh_every == 1 and rows.numel() != chosen:
+    if every == 1 and config.is_compact:
         raise RuntimeError(
-            f"{selection.name}: {rows.numel()} rows were set by hand, and a step chooses {chosen}: "
-            "call step() before the capture, or use refresh_every=0"
+            f"{selection.name}: a captured step cannot move rows in and out of the parameters that "
+            "hold the selected ones: use refresh_every=0 with others='freeze'"
+        )
+    if every == 1 and rows.numel() != selection.num_chosen:
+        raise RuntimeError(
+            f"{selection.name}: {rows.numel()} rows were set by hand, and a step chooses "
+            f"{selection.num_chosen}: call step() before the capture, or use refresh_every=0"
         )
 
 
@@ -582,7 +770,7 @@ def before_step(selections: Iterable[Selection]) -> None:
             continue
         if capturing:
             _check_capturable(selection)
-        if selection.config.refresh_every == "forward":
+        if selection.config.by_forward:
             by_forward.append(selection)
         elif selection.rows is None:
             first.append(selection)
@@ -591,7 +779,7 @@ def before_step(selections: Iterable[Selection]) -> None:
 
 
 def _choose_unions(selections: list[Selection]) -> None:
-    """refresh_every="forward": what the forwards selected is what the step updates."""
+    """What the forwards selected, or touched, is what the step updates."""
     if not selections:
         return
     mine = [s.union for s in selections if s.union is not None]
@@ -603,14 +791,15 @@ def _choose_unions(selections: list[Selection]) -> None:
     here = torch.cat([flags.to(device) for flags in (*unions, *spoiled)]).cpu()
     _zero(mine)
     _zero(spoiled)
-    _forget(selections)
+    forget(selections)
     *here_unions, are_spoiled = torch.split(here, [*sizes, len(spoiled)])
     for selection, is_spoiled in zip(selections, are_spoiled.tolist(), strict=True):
         _warn_if(selection, NOT_FINITE if is_spoiled else CHOSEN)
     rows = [chosen.nonzero().squeeze(1).to(torch.int32) for chosen in here_unions]
     there = torch.split(torch.cat(rows).to(device), [r.numel() for r in rows])
     for selection, union, chosen in zip(selections, unions, there, strict=True):
-        if chosen.numel() > 0:
+        assert selection.config is not None
+        if chosen.numel() > 0 or selection.config.rows == "touched":
             _choose(selection, chosen.to(union.device))
 
 
@@ -618,11 +807,11 @@ def after_step(selections: Iterable[Selection]) -> None:
     """The step boundary, after the update: every `refresh_every` steps, rows for the next ones."""
     due = []
     for selection in selections:
-        every = None if selection.config is None else selection.config.refresh_every
-        if every is None or every == "forward" or every == 0:
+        config = selection.config
+        if config is None or config.by_forward or config.refresh_every == 0:
             continue
         selection.steps += 1
-        if selection.steps >= int(every):
+        if selection.steps >= int(config.refresh_every):
             selection.steps = 0
             due.append(selection)
     refresh(due, wait=False)

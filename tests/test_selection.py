@@ -1219,7 +1219,7 @@ def test_a_first_forward_that_cannot_choose_takes_the_first_channels_of_each_hea
     model = tiny_model(num_hidden_layers=1)
     handle = longact.apply(model, 0.25, scope="head", refresh_every="forward")
     for layer in handle.projections.values():
-        dim, size = layer.selection.head_dim, layer.out_features
+        dim, size = model.config.head_dim, layer.out_features
         k = layer.selection.config.count(dim)
         expected = [c for c in range(size) if c % dim < k]
         assert layer.selection.forward_rows.tolist() == expected

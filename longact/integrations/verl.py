@@ -25,7 +25,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 import longact
-from longact.apply import LongAct, _decoder
+from longact.apply import LongAct, decoder_of
 from longact.monitor import Monitor
 from longact.optim import FusedMaskedAdam
 from longact.selection import LongActWarning, SelectionConfig
@@ -109,7 +109,8 @@ class LongActEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if not self.engine_config.forward_only:
             self.handle = longact.apply(module, **self._options)
             # After the hook of longact.apply, which takes the mask that the model is given.
-            _decoder(module, self.handle.projections).register_forward_pre_hook(self._mask_padding)
+            decoder = decoder_of(module, self.handle.projections.values())
+            decoder.register_forward_pre_hook(self._mask_padding)
         return module
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
