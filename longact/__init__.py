@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from longact import kernels, nn
 from longact.apply import LongAct, apply
 from longact.backends import backends
+from longact.delta import load_delta, merge_delta
 from longact.optim import FusedMaskedAdam
 from longact.selection import LongActWarning, get_rows, set_rows
 
@@ -22,6 +23,8 @@ __all__ = [
     "backends",
     "get_rows",
     "kernels",
+    "load_delta",
+    "merge_delta",
     "nn",
     "set_rows",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from types import TracebackType
@@ -424,23 +423,18 @@ def _freeze_others(handle: LongAct) -> None:
             param.requires_grad_(False)
             handle._frozen.append(param)
     if compact:
-        write = _WriteRows([weakref.ref(layer) for layer in compact])
-        handle._hooks.append(register_optimizer_step_post_hook(write))
+        handle._hooks.append(register_optimizer_step_post_hook(_write_rows))
 
 
-class _WriteRows:
+def _write_rows(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After any optimizer's step: the parameters that hold rows become these rows' values."""
-
-    def __init__(self, layers: Sequence[weakref.ReferenceType[Any]]) -> None:
-        self._layers = layers  # torch holds this for as long as the process runs
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if isinstance(optimizer, FusedMaskedAdam):  # did it, before it chose other rows
-            return
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for ref in self._layers:
-            layer = ref()
-            if layer is not None and id(layer.salient_weight) in own:
+    if isinstance(optimizer, FusedMaskedAdam):  # did it, before it chose other rows
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            selection = selection_of(param)
+            layer = None if selection is None else selection.held_by()
+            if layer is not None and param is layer.salient_weight:
                 layer.write_rows()
 
 

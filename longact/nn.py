@@ -338,6 +338,10 @@ class _Selecting(nn.Module):
         self._attach(self.selection)
 
 
+#: Names of the parameters of a CompactSalientLinear that hold rows.
+COMPACT_NAMES = ("salient_weight", "salient_bias")
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether it computes what `nn.Linear` does; classes of its own name what they do."""
     return type(module) is nn.Linear or (
@@ -524,7 +528,7 @@ class CompactSalientLinear(SalientLinear):
     def release_rows(self) -> None:
         """Takes the parameters out again, which the layer that this was made from shares."""
         self.selection.holder = None
-        for name in ("salient_weight", "salient_bias"):
+        for name in COMPACT_NAMES:
             self._parameters.pop(name)
 
     def _attach(self, selection: Selection) -> None:
@@ -559,9 +563,17 @@ class CompactSalientLinear(SalientLinear):
         assert self.selection.changed is not None
         self.selection.changed.index_fill_(0, rows, True)
 
+    def replaced(self, rows: Tensor) -> None:
+        """These rows of weight and bias are not any more what training started from."""
+        changed = self.selection.changed
+        assert changed is not None
+        changed.index_fill_(0, rows.long().to(changed.device), True)
+        if self.rows is not None:
+            self.read_rows()
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        for name in ("salient_weight", "salient_bias"):
+        for name in COMPACT_NAMES:
             destination.pop(prefix + name, None)
 
     def _load_from_state_dict(
@@ -571,7 +583,7 @@ class CompactSalientLinear(SalientLinear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs
         )
-        own = (f"{prefix}salient_weight", f"{prefix}salient_bias")
+        own = [prefix + name for name in COMPACT_NAMES]
         missing_keys[:] = [key for key in missing_keys if key not in own]
         if self.rows is not None:
             self.read_rows()
