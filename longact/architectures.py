@@ -196,8 +196,6 @@ def separate(kind: Literal["q", "k"], turns: Callable[[Any], bool] = _always) ->
     """All rows are q, or k. `turns`: whether an attention module rotates."""
 
     def layout(attention: Any, num_rows: int) -> list[Heads]:
-        if getattr(attention, "is_kv_shared_layer", False) and kind == "k":
-            return []  # takes an earlier layer's keys
         head_dim = _head_dim(attention)
         rotated = _rotated(attention, head_dim) if turns(attention) else range(0)
         return [Heads(kind, _view(num_rows, -1, head_dim), rotated)]

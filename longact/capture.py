@@ -101,4 +101,4 @@ class Capture:
         if self._rotates and heads.rotated and not is_rotated:
             assert self._entry.rope is not None
             y = self._entry.rope.rotate(y, heads.rotated, self._embeddings)
-        layer.count_channels(y.flatten(2), heads.rows.flatten(), counts_tokens=is_first)
+        layer.count_channels(y.flatten(-2), heads.rows.flatten(), counts_tokens=is_first)
