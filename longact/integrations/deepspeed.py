@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longact.nn import SalientLinear
+from longact.nn import CompactSalientLinear, SalientLinear
 from longact.optim import FusedMaskedAdam
 from longact.selection import attach, selection_of
 
@@ -89,6 +89,11 @@ def connect(engine: Any) -> None:
         for key, param in layer.named_parameters(recurse=False)
         if param.requires_grad
     }
+    if any(isinstance(m, CompactSalientLinear) for m in engine.module.modules()):
+        raise ValueError(
+            "the engine's model has others='freeze', whose parameters change their rows outside of "
+            "DeepSpeed's copies: use others='train', or DistributedDataParallel"
+        )
     if not selected:
         raise ValueError("the engine's model has no LongAct applied: call longact.apply first")
     updated = {id(param) for group in optimizer.param_groups for param in group["params"]}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 import longact
 from longact.apply import LongAct
 from longact.monitor import Monitor
+from longact.nn import COMPACT_NAMES
 from longact.optim import FusedMaskedAdam
 from longact.selection import LongActWarning
 
@@ -32,12 +33,9 @@ def apply_to_trainer(
     trainer: Trainer,
     keep_ratio: float = 0.3,
     *,
-    targets: str | nn.Module | Sequence[str | nn.Module] | None = None,
-    metric: Literal["mean_abs", "rms", "max_abs"] = "mean_abs",
-    scope: Literal["layer", "head", "model"] = "layer",
-    refresh_every: int | Literal["forward"] = 1,
     optimizer: Mapping[str, Any] | None = None,
     log_layers: bool = False,
+    **arguments: Any,
 ) -> LongAct:
     """Makes a trainer train only the salient rows of its policy's query and key projections.
 
@@ -51,10 +49,12 @@ def apply_to_trainer(
 
     Args:
         trainer: a constructed trainer.
-        keep_ratio, targets, metric, scope, refresh_every: as in `longact.apply`.
+        keep_ratio: as in `longact.apply`.
         optimizer: options of `longact.FusedMaskedAdam` beyond AdamW's, e.g.
             `{"state": "compact"}` or `{"master_weights": True}`.
         log_layers: log the number of selected rows of each projection, too.
+        arguments: the other arguments of `longact.apply`: targets, metric, scope, refresh_every,
+            capture, pair_rope, others, rows.
 
     Returns:
         The handle of `longact.apply`.
@@ -67,15 +67,12 @@ def apply_to_trainer(
     `LongAct.follow` for what that means.
     """
     _check_trainer(trainer)
+    if arguments.get("others") == "freeze":
+        _check_freeze(trainer)
     cls_and_kwargs = _optimizer_of(trainer, optimizer or {})
-    handle = longact.apply(
-        trainer.model,
-        keep_ratio,
-        targets=targets,
-        metric=metric,
-        scope=scope,
-        refresh_every=refresh_every,
-    )
+    handle = longact.apply(trainer.model, keep_ratio, **arguments)
+    if handle.config.is_compact:
+        _hide_rows_from_vllm(trainer)
     trainer.optimizer_cls_and_kwargs = cls_and_kwargs or trainer.optimizer_cls_and_kwargs
     trainer.pop_callback(LongActCallback)  # of a handle that was removed
     trainer.add_callback(LongActCallback(handle, log_layers=log_layers))
@@ -219,6 +216,35 @@ def _check_trainer(trainer: Trainer) -> None:
                 f"fsdp_config has version {plugin.fsdp_version}: FSDP1 flattens parameters, which "
                 "leaves no rows to select; set fsdp_config={'version': 2}"
             )
+
+
+def _check_freeze(trainer: Trainer) -> None:
+    """others="freeze" adds parameters to the model, and to what goes through them in pairs."""
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"others='freeze': the trainer was given a {type(trainer.optimizer).__name__}, which "
+            "cannot know the parameters that hold the selected rows: leave `optimizers` out"
+        )
+    if getattr(trainer.args, "sync_ref_model", False):
+        raise ValueError(
+            "others='freeze' with sync_ref_model=True, which pairs the parameters of model and "
+            "reference model one by one: use others='train', or sync_ref_model=False"
+        )
+
+
+def _hide_rows_from_vllm(trainer: Trainer) -> None:
+    """vLLM gets the weights, which have the rows' values, under the names that it knows."""
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is None:
+        return
+    all_params = generation._iter_named_params
+
+    def known_params() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, param in all_params():  # gathers them, on every rank
+            if not name.endswith(COMPACT_NAMES):
+                yield name, param
+
+    generation._iter_named_params = known_params
 
 
 def _optimizer_of(

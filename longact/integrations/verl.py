@@ -189,7 +189,12 @@ def _check_options(options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, _OPTIONS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(_OPTIONS)}"
             raise ValueError(f"actor.longact has no option {name!r}: {hint}")
-    SelectionConfig(**{name: value for name, value in options.items() if name != "targets"})
+    config = SelectionConfig(**{n: value for n, value in options.items() if n != "targets"})
+    if config.is_compact:
+        raise ValueError(
+            "actor.longact.others='freeze': verl's FSDP2 shards the parameters, and rows of a "
+            "sharded one cannot be parameters of their own. Use others: train"
+        )
 
 
 def _check_optimizer(config: Any) -> None:
