@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from longact.capture import Capture
 from longact.nn import (
@@ -33,9 +32,12 @@ from longact.selection import (
     after_step,
     attach,
     before_step,
+    freeze,
     gather_counts,
+    is_frozen_by_us,
     refresh,
     selection_of,
+    unfreeze,
 )
 from longact.targets import Matched, Target, match_embeddings, match_projections
 
@@ -123,10 +125,15 @@ class LongAct:
         layers = list(self.projections.values())
 
         def before(*_: Any) -> None:
-            is_first = not self.config.is_compact
-            first = [layer for layer in layers if layer.rows is None and is_first]
+            # Gradients that were computed without regard to the rows, of full size.
+            whole = [
+                layer
+                for layer in layers
+                if isinstance(layer, SalientEmbedding)
+                or (layer.rows is None and not self.config.is_compact)
+            ]
             before_step(layer.selection for layer in layers)
-            for layer in first:
+            for layer in whole:
                 _zero_unselected(layer)
 
         def after(*_: Any) -> None:
@@ -168,6 +175,11 @@ class LongAct:
             was called.
             ImportError: without safetensors.
         """
+        if self.config.rows == "touched":
+            raise ValueError(
+                "rows='touched' keeps no account of the rows that a run changed: "
+                "longact.delta.changed_rows(base, model) finds them, longact.delta.save saves them"
+            )
         if not self.config.is_compact:
             raise ValueError(
                 f"others={self.config.others!r}: every parameter was trained, so save the whole "
@@ -230,9 +242,11 @@ class LongAct:
             original.train(layer.training)
             for key, param in layer.named_parameters(recurse=False):
                 attach(param, before[key])
+                if is_frozen_by_us(param):
+                    param.requires_grad_(False)
             _replace(self._model, name, original)
         for param in self._frozen:
-            param.requires_grad_(True)
+            unfreeze(param)
         for hook in self._hooks:
             hook.remove()
         self._originals.clear()
@@ -320,7 +334,8 @@ def apply(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _refuse_fsdp1(model)
     match = match_embeddings if rows == "touched" else match_projections
-    matched = match(model, targets, config)
+    with torch.device("cpu"):  # what says where rows are, whatever the default
+        matched = match(model, targets, config)
     if config.is_compact:
         _check_compact(model, matched)
     _reshard(model)
@@ -359,6 +374,7 @@ def _put_in_place(handle: LongAct, name: str, matched: Matched, counted: Counted
     before = {key: selection_of(p) for key, p in module.named_parameters(recurse=False)}
     layer: _Layer
     if isinstance(module, nn.Embedding):
+        module.weight.requires_grad_(True)  # where the handle of others="freeze" froze it
         selection.move(module.num_embeddings, module.weight.device)
         layer = SalientEmbedding.from_embedding(module, selection)
     else:
@@ -414,28 +430,17 @@ def _freeze_others(handle: LongAct) -> None:
     """Nothing but rows is trained; what another handle trains stays as it is."""
     compact = [x for x in handle.projections.values() if isinstance(x, CompactSalientLinear)]
     for layer in compact:
-        handle._frozen += [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        handle._frozen += [p for p in layer.parameters(recurse=False) if freeze(p)]
         layer.hold_rows(layer.selection.num_chosen)
         assert layer.counted is not None
         layer.counted.compact.append(layer.selection)
+    own = {id(layer.selection) for layer in handle.projections.values()}
     for param in handle._model.parameters():
-        if selection_of(param) is None and param.requires_grad:
-            param.requires_grad_(False)
+        selection, trains = selection_of(param), param.requires_grad
+        if id(selection) not in own and freeze(param):
             handle._frozen.append(param)
-    if compact:
-        handle._hooks.append(register_optimizer_step_post_hook(_write_rows))
-
-
-def _write_rows(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """After any optimizer's step: the parameters that hold rows become these rows' values."""
-    if isinstance(optimizer, FusedMaskedAdam):  # did it, before it chose other rows
-        return
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            selection = selection_of(param)
-            layer = None if selection is None else selection.held_by()
-            if layer is not None and param is layer.salient_weight:
-                layer.write_rows()
+            # What another handle trains goes on, as long as that is there.
+            param.requires_grad_(trains and selection is not None)
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:
@@ -466,7 +471,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def _zero_unselected(layer: _Layer) -> None:
-    """Of a gradient that was computed before there were rows."""
+    """Of a gradient of full size."""
     if layer.rows is None:
         return
     num_rows = layer.weight.shape[0]

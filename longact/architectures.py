@@ -276,7 +276,8 @@ def mla_query(turns: Callable[[Any], bool] = _always) -> Layout:
         if not getattr(attention.config, "rope_interleave", True):
             raise NotImplementedError(
                 "rope_interleave=False: longact knows this architecture's rotary embedding with "
-                "rope_interleave=True only"
+                "rope_interleave=True only; name the rows to rank: "
+                f"targets=['q_b_proj[0:{num_rows}]']"
             )
         head_dim = attention.qk_head_dim
         rotated = range(attention.qk_nope_head_dim, head_dim) if turns(attention) else range(0)

@@ -406,7 +406,7 @@ def _chosen_rows(
         here = index.detach().cpu()
         _check_rows(here, tuple(parameters[name].shape), name)
         if here.numel():
-            chosen[name] = here.to(torch.int32).contiguous()
+            chosen[name] = here.to(torch.int32, copy=True).contiguous()  # not one for two names
     return chosen
 
 

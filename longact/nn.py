@@ -4,20 +4,27 @@ rows is computed; `CompactSalientLinear`, where nothing else has a gradient at a
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from longact.architectures import LINEAR_LIKE
 from longact.kernels.channel_magnitude import channel_magnitude
 from longact.kernels.projection import fuses, projections
 from longact.kernels.row_grad import is_for_triton, linear_grads, row_grad, row_sums
+from longact.optim import FusedMaskedAdam
 from longact.rows import is_sharded
-from longact.selection import Selection, attach, refresh, selection_of
+from longact.selection import Selection, attach, select_provisionally, selection_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,7 +66,7 @@ class CountedForward:
         if self.active and output is not None and not torch.compiler.is_compiling():
             first = [selection for selection in self.compact if selection.rows is None]
             if first:
-                refresh(first, keep_counts=True)
+                select_provisionally(first)
         self.active = False
         self.mask = None
         self._flat_masks.clear()
@@ -218,6 +225,7 @@ class _CompactRowGradLinear(torch.autograd.Function):
         ctx.rows, ctx.selection, ctx.dtype = rows, selection, salient_weight.dtype
 
     @staticmethod
+    @once_differentiable  # the weight that dx depends on is no parameter
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         input, weight = ctx.saved_tensors
@@ -240,8 +248,8 @@ def _rows_of_backward(rows: Tensor | None, selection: Selection) -> Tensor:
     if now is None:
         raise RuntimeError(
             f"{selection.name}: no rows are selected yet, and with others='freeze' there is no "
-            "gradient without: run the forward in training mode (model.train()), with finite "
-            "activations and tokens that count, or call handle.refresh() after such forwards"
+            "gradient without: run a forward in training mode (model.train()), not compiled, with "
+            "finite activations and tokens that count, before or as this one"
         )
     if rows is not None and rows is not now:
         raise RuntimeError(
@@ -534,15 +542,25 @@ class CompactSalientLinear(SalientLinear):
     def _attach(self, selection: Selection) -> None:
         super()._attach(selection)
         selection.holder = weakref.ref(self)
+        for param in self.held_parameters():
+            if not param._post_accumulate_grad_hooks:
+                param.register_post_accumulate_grad_hook(_note_rows)  # type: ignore[no-untyped-call]
+        _watch_optimizers()
 
-    def _held(self) -> list[tuple[Tensor, Tensor]]:
-        """(all rows, the selected ones)"""
-        pairs = [(self.weight, self.salient_weight), (self.bias, self.salient_bias)]
+    def held_parameters(self) -> list[nn.Parameter]:
+        return [p for name in COMPACT_NAMES if (p := self._parameters.get(name)) is not None]
+
+    def check_not_sharded(self) -> None:
         if is_sharded(self.weight) or is_sharded(self.salient_weight):
             raise NotImplementedError(
                 f"{self.selection.name}: others='freeze' does not work with sharded parameters "
                 "(FSDP2, tensor parallelism): use DistributedDataParallel, or others='train'"
             )
+
+    def _held(self) -> list[tuple[Tensor, Tensor]]:
+        """(all rows, the selected ones)"""
+        self.check_not_sharded()
+        pairs = [(self.weight, self.salient_weight), (self.bias, self.salient_bias)]
         return [(whole, held) for whole, held in pairs if whole is not None and held is not None]
 
     @torch.no_grad()
@@ -606,6 +624,52 @@ class CompactSalientLinear(SalientLinear):
         return _CompactRowGradLinear.apply(  # type: ignore[no-any-return]
             input, weight, self.salient_weight, self.salient_bias, rows, selection, y
         )
+
+
+def _note_rows(param: Tensor) -> None:
+    """Whose gradient it is, compiled or not."""
+    selection = selection_of(param)
+    if selection is not None:
+        selection.gradient_rows = selection.rows
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Once: any optimizer may be given the parameters that hold rows."""
+    register_optimizer_step_pre_hook(_check_optimizer)
+    register_optimizer_step_post_hook(_write_rows)
+
+
+def _compact_layers(optimizer: torch.optim.Optimizer) -> list[CompactSalientLinear]:
+    """Of whose parameters it has some."""
+    layers = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            selection = selection_of(param)
+            if selection is not None and (layer := selection.held_by()) is not None:
+                layers[id(layer)] = layer
+    return list(layers.values())
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    layers = _compact_layers(optimizer)
+    if not layers:
+        return
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for layer in layers:
+        if not any(id(param) in own for param in layer.held_parameters()):
+            raise RuntimeError(
+                f"{layer.selection.name}: the optimizer has its frozen weight, and not the "
+                "parameters that longact.apply(..., others='freeze') trains in its place: "
+                "construct the optimizer afterwards, from model.parameters()"
+            )
+
+
+def _write_rows(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """The parameters that hold rows become these rows' values."""
+    if not isinstance(optimizer, FusedMaskedAdam):  # which did it, before it chose other rows
+        for layer in _compact_layers(optimizer):
+            layer.write_rows()
 
 
 class SalientEmbedding(_Selecting, nn.Embedding):

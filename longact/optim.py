@@ -222,7 +222,6 @@ class FusedMaskedAdam(Optimizer):
         if any_sharded:
             self._check_shards(pairs)
         if not pairs:
-            self._check_holders()
             return loss
 
         # Weight and bias of a projection share one selection.
@@ -307,20 +306,9 @@ class FusedMaskedAdam(Optimizer):
                 f"{self._name_of(param)} has a gradient and no selected rows: with others='freeze' "
                 "a training forward selects them first"
             )
-
-    def _check_holders(self) -> None:
-        """Of frozen weights whose selected rows are parameters that are not in this optimizer."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        own = {id(param) for param in params}
-        for param in params:
-            selection = selection_of(param)
-            layer = None if selection is None else selection.held_by()
-            if layer is not None and id(layer.salient_weight) not in own:
-                raise RuntimeError(
-                    f"{layer.selection.name}: the parameters that longact.apply(..., "
-                    "others='freeze') trains are not in this optimizer: construct it afterwards, "
-                    "from model.parameters()"
-                )
+        selection.check_gradient()
+        if (layer := selection.held_by()) is not None:
+            layer.check_not_sharded()
 
     def _check_shards(self, pairs: list[tuple[Tensor, Tensor, Selection | None, int, int]]) -> None:
         for param, _, selection, _, _ in pairs:

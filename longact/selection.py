@@ -31,6 +31,7 @@ from longact.rows import Shard, check_rows, local_row_buffer, local_rows
 __all__ = ["LongActWarning", "get_rows", "set_rows"]
 
 _ATTRIBUTE = "_longact_selection"
+_FROZEN = "_longact_frozen"  # by how many handles of others="freeze"
 
 
 class LongActWarning(UserWarning):
@@ -164,6 +165,8 @@ class Selection:
     # others="freeze": the layer whose parameters hold the selected rows alone.
     holder: weakref.ReferenceType[Any] | None = None
     changed: Tensor | None = None  # bool [channels]: rows that a step of these may have changed
+    gradient_rows: Tensor | None = None  # that the last gradient belongs to
+    is_provisional: bool = False
     captured: int | None = None  # rows that a captured backward reads at each replay
     # Of these rows those in a shard, as a buffer or not; kept, as `rows` are, while they hold.
     on_shard: dict[tuple[Shard, bool], Tensor] = field(default_factory=dict)
@@ -176,7 +179,7 @@ class Selection:
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a buffer and a report of its own, and is in no captured graph.
         none: dict[str, Any] = {"buffer": None, "report": None, "captured": None, "on_shard": {}}
-        return {**self.__dict__, **none, "holder": None}
+        return {**self.__dict__, **none, "holder": None, "gradient_rows": None}
 
     @property
     def is_compact(self) -> bool:
@@ -227,6 +230,14 @@ class Selection:
 
     def held_by(self) -> Any:
         return None if self.holder is None else self.holder()
+
+    def check_gradient(self) -> None:
+        """Raises RuntimeError where a gradient is one of rows that were selected before."""
+        if self.gradient_rows is not None and self.gradient_rows is not self.rows:
+            raise RuntimeError(
+                f"{self.name}: with others='freeze' its gradient belongs to rows that are not "
+                "selected any more: select others before backward(), or after step()"
+            )
 
     def check_count(self, rows: Tensor | None) -> None:
         """Raises ValueError where the parameters that hold the rows have room for others."""
@@ -403,7 +414,7 @@ def _zero(tensors: Iterable[Tensor | None]) -> None:
         torch._foreach_zero_(present)
 
 
-def forget(selections: Sequence[Selection]) -> None:
+def _forget(selections: Sequence[Selection]) -> None:
     """They start counting afresh."""
     _zero(s.magnitude for s in selections)
     _zero(s.tokens for s in selections)
@@ -419,6 +430,28 @@ def attach(param: Tensor, selection: Selection | None) -> None:
         setattr(param, _ATTRIBUTE, selection)
     elif hasattr(param, _ATTRIBUTE):
         delattr(param, _ATTRIBUTE)
+
+
+def freeze(param: Tensor) -> bool:
+    """Until `unfreeze` was called as often. False: it was frozen by others, and stays so."""
+    count = getattr(param, _FROZEN, 0)
+    if not (count or param.requires_grad):
+        return False
+    setattr(param, _FROZEN, count + 1)
+    param.requires_grad_(False)
+    return True
+
+
+def unfreeze(param: Tensor) -> None:
+    count = getattr(param, _FROZEN) - 1
+    setattr(param, _FROZEN, count)
+    if count == 0:
+        delattr(param, _FROZEN)
+        param.requires_grad_(True)
+
+
+def is_frozen_by_us(param: Tensor) -> bool:
+    return hasattr(param, _FROZEN)
 
 
 def set_rows(param: Tensor, rows: Tensor | Sequence[int] | None) -> None:
@@ -560,7 +593,17 @@ def refresh(
     for members in over_model.values():
         _select_over_model(members)
     if not keep_counts:
-        forget(counting)
+        _forget(counting)
+        for selection in counting:
+            selection.is_provisional = False
+
+
+def select_provisionally(selections: Sequence[Selection]) -> None:
+    """others="freeze": rows for the first backward, from the first forward alone. The first step's
+    boundary selects from all of the step's forwards, as ever."""
+    refresh(selections, keep_counts=True)
+    for selection in selections:
+        selection.is_provisional = selection.rows is not None
 
 
 def _select(members: list[_Totals], *, wait: bool) -> None:
@@ -687,7 +730,7 @@ def gather_counts(selections: Iterable[Selection]) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     if dist.get_rank() != 0:
-        forget(counting)
+        _forget(counting)
         return
     for selection, total, tokens in gathered:
         assert selection.magnitude is not None
@@ -791,7 +834,7 @@ def _choose_unions(selections: list[Selection]) -> None:
     here = torch.cat([flags.to(device) for flags in (*unions, *spoiled)]).cpu()
     _zero(mine)
     _zero(spoiled)
-    forget(selections)
+    _forget(selections)
     *here_unions, are_spoiled = torch.split(here, [*sizes, len(spoiled)])
     for selection, is_spoiled in zip(selections, are_spoiled.tolist(), strict=True):
         _warn_if(selection, NOT_FINITE if is_spoiled else CHOSEN)
@@ -811,7 +854,9 @@ def after_step(selections: Iterable[Selection]) -> None:
         if config is None or config.by_forward or config.refresh_every == 0:
             continue
         selection.steps += 1
-        if selection.steps >= int(config.refresh_every):
+        is_due = selection.steps >= int(config.refresh_every)
+        if is_due:
             selection.steps = 0
+        if is_due or selection.is_provisional:
             due.append(selection)
     refresh(due, wait=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longact.architectures import Attention, Heads, heads_of, recognise
 from longact.capture import check_capture
 from longact.nn import SalientEmbedding, SalientLinear, is_plain_linear
-from longact.selection import Candidates, SelectionConfig
+from longact.selection import Candidates, SelectionConfig, is_frozen_by_us
 
 __all__ = ["Matched", "Target", "match_embeddings", "match_projections"]
 
@@ -31,6 +31,7 @@ class Matched:
 
     module: Any  # nn.Linear or nn.Embedding
     ranges: list[range] = field(default_factory=list)  # of rows that were named; none: all
+    is_whole: bool = False  # named without a range
     # Where a recognised architecture's attention has it:
     heads: list[Heads] = field(default_factory=list)
     attention: nn.Module | None = None
@@ -110,6 +111,11 @@ def match_embeddings(
             raise TypeError(
                 f"{name} is a {kind}, not a plain torch.nn.Embedding, which rows='touched' is for"
             )
+        if not (one.module.weight.requires_grad or is_frozen_by_us(one.module.weight)):
+            raise ValueError(
+                f"{name}.weight is frozen (requires_grad=False), so that rows='touched' would "
+                f"train nothing: call {name}.weight.requires_grad_(True)"
+            )
         if one.module.sparse:
             raise ValueError(
                 f"{name} has sparse=True, and FusedMaskedAdam takes dense gradients: set "
@@ -179,8 +185,15 @@ def _match(
             )
         for name in names:
             one = matched.setdefault(name, Matched(modules[name]))
-            if rows is not None:
+            if rows is None:
+                one.is_whole = True
+            else:
                 one.ranges.append(_range(name, modules[name], rows))
+            if one.is_whole and one.ranges:
+                raise ValueError(
+                    f"targets holds {name} and a range of its rows, which overlap: a row is ranked "
+                    "once"
+                )
     if not matched:
         raise ValueError("targets is empty: name the projections to train by salient rows")
     if "" in matched:
@@ -210,7 +223,14 @@ def _split(target: Any) -> tuple[Any, slice | None]:
 
 
 def _range(name: str, module: nn.Module, rows: slice) -> range:
-    num_rows = len(module.weight)  # type: ignore[arg-type]
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        raise TypeError(
+            f"targets: a range of rows of {name}, which is a {type(module).__name__}: name a "
+            "linear layer"
+        )
+    if not all(end is None or isinstance(end, int) for end in (rows.start, rows.stop, rows.step)):
+        raise TypeError(f"targets: {rows} of {name}: pass a range of integers")
+    num_rows = len(module.weight)
     start, stop, step = rows.start or 0, num_rows if rows.stop is None else rows.stop, rows.step
     if step not in (None, 1) or not 0 <= start < stop <= num_rows:
         raise ValueError(
@@ -272,6 +292,11 @@ def _check_heads(name: str, matched: Matched, config: SelectionConfig) -> None:
     asks = "pair_rope=True" if config.pair_rope else f"capture={config.capture!r}"
     if config.capture == "projection" and not config.pair_rope:
         return
+    if matched.ranges:
+        raise ValueError(
+            f"{asks}: targets gives a range of {name}'s rows, whose heads are not known: name "
+            f"{name} without a range, or leave {asks.partition('=')[0]} out"
+        )
     if matched.entry is None or matched.attention is None:
         raise ValueError(
             f"{asks}: {name} is no q or k projection of a recognised architecture, whose heads are "

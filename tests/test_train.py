@@ -17,9 +17,11 @@ import torch
 
 pytest.importorskip("trl", reason="needs the rl extra")
 from helpers import assert_same_tree
-from models import tiny_model
+from models import QK, assert_same_params, params_of, tiny_model
 from trainers import prompts, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
+import longact
 from longact.integrations.trl import NothingToLearnError
 from longact.train import RECIPES, _is_complete, read_config, train
 
@@ -143,6 +145,18 @@ def test_a_killed_run_resumed_equals_an_uninterrupted_one(
 def _evaluated(folder: Path, file: str = "eval_results.json") -> dict[str, float]:
     results = json.loads((folder / file).read_text())
     return {name: metrics["eval_reward"] for name, metrics in results.items()}
+
+
+def test_freezing_others_saves_a_delta_that_gives_the_model(base: Path, tmp_path: Path) -> None:
+    done = run("grpo", *arguments(base, tmp_path, others="freeze", max_steps=2))
+    assert done.returncode == 0, done.stderr
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base / "model")
+    start = params_of(model)
+    longact.load_delta(model, tmp_path / "delta.safetensors")
+    assert_same_params(model, trained)
+    changed = [n for n, param in model.named_parameters() if not torch.equal(param, start[n])]
+    assert changed == [f"{name}.weight" for name in QK]
 
 
 def test_resuming_a_run_that_is_finished_trains_no_further(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -485,6 +486,41 @@ def test_callbacks_made_anew_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer("trainer", tmp_path, restore_callback_states_from_checkpoint=True)
     with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint=True"):
         apply_to_trainer(trainer)
+
+
+def test_freezing_others_is_refused_where_parameters_go_in_pairs(tmp_path: Path) -> None:
+    trainer = make_trainer("grpo", tmp_path)
+    trainer.args.sync_ref_model = True
+    with pytest.raises(ValueError, match="sync_ref_model=False"):
+        apply_to_trainer(trainer, others="freeze")
+    apply_to_trainer(trainer)
+
+
+def test_freezing_others_is_refused_with_an_optimizer_from_before(tmp_path: Path) -> None:
+    model = tiny_model()
+    own = torch.optim.AdamW(model.parameters())
+    trainer = make_trainer("trainer", tmp_path, model=model, optimizers=(own, None))
+    with pytest.raises(ValueError, match=r"others='freeze'.*AdamW.*leave `optimizers` out"):
+        apply_to_trainer(trainer, others="freeze")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_vllm_gets_the_weights_and_nothing_else(tmp_path: Path) -> None:
+    """The names and values that TRL's own code for vLLM, which is not here, sends to it."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    trainer = make_trainer("grpo", tmp_path, max_steps=1)
+    names = [name for name, _ in trainer.model.named_parameters()]
+    generation = trainer.vllm_generation = VLLMGeneration.__new__(VLLMGeneration)
+    generation.model = trainer.model
+    generation._dist = SimpleNamespace(
+        is_fsdp=False, gather_params=lambda _: contextlib.nullcontext()
+    )
+    apply_to_trainer(trainer, others="freeze")
+    trainer.train()
+    sent = dict(generation._iter_named_params())
+    assert list(sent) == names
+    assert_same_tree(sent, {name: trainer.model.state_dict()[name] for name in names})
 
 
 def test_what_is_not_a_trainer_is_refused() -> None:
