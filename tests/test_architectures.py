@@ -845,6 +845,12 @@ def test_the_page_has_the_table() -> None:
     assert shown == table(), f"docs/architectures.md should have:\n{table()}"
 
 
+def test_the_readme_lists_them() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = readme.partition("<!-- architectures -->\n")[2].partition("\n<!-- end -->")[0]
+    assert re.split(r",\s", shown.rstrip(".")) == sorted(ARCHITECTURES)
+
+
 def test_the_page_explains_every_layout() -> None:
     layouts = {
         layout_name(p) for entry in ARCHITECTURES.values() for p in entry.projections.values()
