@@ -375,11 +375,12 @@ class FusedMaskedAdam(Optimizer):
                 assert selection is not None
                 rows = rows.to(param.device)
                 selection.choose(rows)
-            if capturable and selection is not None and not (param.is_cpu or is_sharded(param)):
+            holds_rows = selection is not None and selection.is_compact
+            in_place = capturable and not (holds_rows or param.is_cpu or is_sharded(param))
+            if in_place and selection is not None:
                 if capturing and not selection.has_buffer(param):
                     raise RuntimeError(STEP_BEFORE_CAPTURE)
                 rows = selection.buffer_for(param)
-            holds_rows = selection is not None and selection.is_compact
             if (
                 not state
                 or ((compact or holds_rows) and state.get("moment_rows") is not rows)

@@ -212,11 +212,13 @@ class Selection:
         return rows[0] if is_sorted else torch.cat(rows).sort().values
 
     def choose(self, rows: Tensor | None) -> None:
-        if self.captured is not None and (rows is None or rows.numel() != self.captured):
+        now = "all" if rows is None else rows.numel()
+        if self.captured is not None and (self.is_compact or now != self.captured):
+            # Parameters that hold rows go back into those that they were captured with.
+            then, now = ("certain", "others") if self.is_compact else (self.captured, now)
             warnings.warn(
-                f"{self.name or 'a parameter'}: a captured backward computes the gradient of "
-                f"{self.captured} rows, and now there are "
-                f"{'all' if rows is None else rows.numel()}: capture it again",
+                f"{self.name or 'a parameter'}: a captured graph computes the gradient of {then} "
+                f"rows, and now there are {now}: capture it again",
                 LongActWarning,
                 stacklevel=3,
             )
@@ -797,6 +799,8 @@ def _check_capturable(selection: Selection) -> None:
             f"{selection.name}: a captured step cannot move rows in and out of the parameters that "
             "hold the selected ones: use refresh_every=0 with others='freeze'"
         )
+    if config.is_compact:
+        selection.captured = rows.numel()
     if every == 1 and rows.numel() != selection.num_chosen:
         raise RuntimeError(
             f"{selection.name}: {rows.numel()} rows were set by hand, and a step chooses "

@@ -530,6 +530,7 @@ class Training:
         scope: Any = "layer",
         metric: Any = "mean_abs",
         every: Any = 1,
+        others: Any = "train",
         checkpointed: bool = False,
         **options: Any,
     ) -> None:
@@ -538,7 +539,7 @@ class Training:
         self.model = Model(checkpointed).to(device, dtype).train()
         self.handle = longact.apply(
             self.model, KEEP, targets=["q_proj", "k_proj"], scope=scope, metric=metric,
-            refresh_every=every,
+            refresh_every=every, others=others,
         )  # fmt: skip
         self.optimizer = longact.FusedMaskedAdam(
             self.model.parameters(), **{"lr": LR, "eps": 1e-5, "weight_decay": 0.2, **options}
@@ -620,6 +621,24 @@ def test_rows_are_those_of_the_cpu(dtype: torch.dtype, metric: str, scope: str, 
         assert_same_training(ours, cpu)
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_rows_that_are_parameters_train_as_on_the_cpu(every: int) -> None:
+    ours, cpu = (Training(device, every=every, others="freeze") for device in (DEVICE, CPU))
+    for step in range(4):
+        for training in (ours, cpu):
+            training.step(step, micro_batches=2)
+        assert ours.rows == cpu.rows == expected_rows(step if every else 0)
+    assert_same_training(ours, cpu)
+    start = Training(CPU, others="freeze").model.state_dict()
+    # Each step trains what the one before selected.
+    used = [expected_rows(step) for step in range(3 if every else 1)]
+    for name, weight in ours.model.state_dict().items():
+        differs = weight.cpu() != start[name]
+        rows = differs.any(1) if differs.dim() > 1 else differs
+        trained = {r for of_step in used for r in of_step.get(name.rpartition(".")[0], [])}
+        assert set(rows.nonzero().flatten().tolist()) == trained, name
+
+
 def fuse_everything(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[int]:
     """As if measured to be faster; how many projections each launch is of."""
     launches: list[int] = []
@@ -655,12 +674,15 @@ def test_training_with_fused_projections(
 
 
 @pytest.mark.parametrize(("dtype", "fused"), [(FP32, False), (BF16, False), (BF16, True)])
-@pytest.mark.parametrize("every", [1, 2, 0, "forward"])
+@pytest.mark.parametrize(
+    ("every", "others"),
+    [(1, "train"), (2, "train"), (0, "train"), ("forward", "train"), (1, "freeze")],
+)
 def test_nothing_waits_for_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, every: Any, dtype: torch.dtype, fused: bool
+    monkeypatch: pytest.MonkeyPatch, every: Any, others: str, dtype: torch.dtype, fused: bool
 ) -> None:
     """Once kernels are loaded, and there are rows."""
-    training = Training(dtype=dtype, every=every)
+    training = Training(dtype=dtype, every=every, others=others)
     if fused:
         fuse_everything(monkeypatch, dtype)
     for step in range(3):
@@ -723,12 +745,12 @@ def capture(run: Callable[[], object]) -> Callable[[], object]:
 @needs_native
 @pytest.mark.parametrize("scope", ["layer", "head"])
 @pytest.mark.parametrize("grads", ["made", "zeroed"])
-@pytest.mark.parametrize("every", [1, 0])
-def test_captured_training_equals_eager(every: int, grads: str, scope: str) -> None:
+@pytest.mark.parametrize(("every", "others"), [(1, "train"), (0, "train"), (0, "freeze")])
+def test_captured_training_equals_eager(every: int, others: str, grads: str, scope: str) -> None:
     """Forward, backward and step in one graph. Its gradients are made by the capture, or are there
     already, filled with zeros and added to in place."""
-    ours = Training(every=every, scope=scope, capturable=True)
-    eager = Training(every=every, scope=scope)
+    ours = Training(every=every, scope=scope, others=others, capturable=True)
+    eager = Training(every=every, scope=scope, others=others)
 
     def step() -> None:
         ours.optimizer.zero_grad(set_to_none=grads == "made")
@@ -749,7 +771,8 @@ def test_captured_training_equals_eager(every: int, grads: str, scope: str) -> N
         assert float(ours.loss) == pytest.approx(eager.step(seed), rel=1e-5)
         assert_same_training(ours, eager, f"replay {seed}")
         # What a step selects is what the next backward computes.
-        assert ours.rows_of_gradients == before == expected_rows(seed - 1 if every else 0, scope)
+        assert before == expected_rows(seed - 1 if every else 0, scope)
+        assert others == "freeze" or ours.rows_of_gradients == before
     # Afterwards training goes on without the graph.
     for seed in range(9, 11):
         ours.step(seed)

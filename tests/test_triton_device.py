@@ -111,6 +111,10 @@ def train(steps: int, arch: str = "llama", **options: Any) -> tuple[list[Any], l
         ("llama", {"scope": "layer", "metric": "max_abs", "refresh_every": 2}),
         ("qwen2", {"scope": "layer", "metric": "rms", "refresh_every": "forward"}),
         ("llama", {"scope": "head", "metric": "mean_abs", "refresh_every": "forward"}),
+        ("qwen2", {"others": "freeze"}),
+        ("qwen3", {"capture": "norm", "others": "freeze", "scope": "head"}),
+        ("qwen3", {"capture": "rope", "pair_rope": True}),
+        ("llama", {"targets": ["q_proj[:32]", "q_proj[32:]", "k_proj"], "metric": "max_abs"}),
     ],
     ids=str,
 )
