@@ -172,7 +172,7 @@ class LongAct:
 
         Raises:
             ValueError: `others` is not `"freeze"`, so that all parameters changed; or `remove()`
-            was called.
+                was called.
             ImportError: without safetensors.
         """
         if self.config.rows == "touched":
@@ -203,7 +203,7 @@ class LongAct:
 
         Raises:
             ValueError: projections, shapes or rows that do not fit this model; nothing is changed
-            then.
+                then.
         """
         saved = state_dict.get("projections")
         if not isinstance(saved, Mapping):
@@ -322,10 +322,10 @@ def apply(
 
     Raises:
         ValueError: an argument out of range, an unknown architecture, nothing matched, or a shared
-        weight.
+            weight.
         TypeError: a matched module that is not a plain `nn.Linear` (LoRA-wrapped, quantized).
         NotImplementedError: a model under FSDP1, which flattens parameters, or sharded parameters
-        with `others="freeze"`.
+            with `others="freeze"`.
     """
     config = SelectionConfig(
         keep_ratio, metric, scope, refresh_every, capture, pair_rope, others, rows

@@ -205,7 +205,7 @@ class FusedMaskedAdam(Optimizer):
             RuntimeError: a sparse gradient.
             ValueError: a gradient or state that does not fit its parameter.
             NotImplementedError: a parameter with a selection that is flattened (FSDP1), or sharded
-            otherwise than by rows.
+                otherwise than by rows.
         """
         _check_capture(self)
         loss = None

@@ -310,7 +310,7 @@ def _checkpoint_of(args: GRPOConfig) -> str | None:
 
     Raises:
         ValueError: `resume_from_checkpoint` is not a complete checkpoint, or is not given and there
-        are checkpoints.
+            are checkpoints.
     """
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     resumes = str(asked).lower() == "true"

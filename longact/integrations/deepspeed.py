@@ -69,7 +69,7 @@ def connect(engine: Any) -> None:
     Raises:
         TypeError: `engine` is no DeepSpeed engine.
         ValueError: a selection that the optimizer cannot see, or another optimizer than
-        FusedMaskedAdam.
+            FusedMaskedAdam.
     """
     if not hasattr(engine, "basic_optimizer") or not hasattr(engine, "module"):
         raise TypeError(

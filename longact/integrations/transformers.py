@@ -61,7 +61,7 @@ def apply_to_trainer(
 
     Raises:
         ValueError: an argument out of range, a model with nothing to match, LongAct applied twice,
-        or a trainer whose parallelism cannot work; nothing is changed then.
+            or a trainer whose parallelism cannot work; nothing is changed then.
 
     A trainer that was given an optimizer of another kind keeps it, with a `LongActWarning`: see
     `LongAct.follow` for what that means.

@@ -46,7 +46,7 @@ class LongActActorConfig(FSDPActorConfig):  # type: ignore[misc]
 
     Raises:
         ValueError: an unknown or wrong option, a strategy other than fsdp2, or quantization-aware
-        training.
+            training.
     """
 
     longact: dict[str, Any] = field(default_factory=dict)

@@ -640,8 +640,7 @@ def masked_adamw_(
         max_exp_avg_sqs: like the moments with amsgrad, else an empty list.
         steps: fp32 0-dim, how many updates each parameter has had; incremented.
         ages: int32, how many updates each row of the moments has had; incremented for updated rows.
-        An
-            empty tensor: every row is as old as the parameter.
+            An empty tensor: every row is as old as the parameter.
         rows: int32 ascending, the selected rows, or None for all.
         lr, beta1, beta2, eps, weight_decay, maximize: as in torch.optim.AdamW.
         zero_grad: update unselected rows too, with a gradient of zero.
