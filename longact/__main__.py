@@ -126,6 +126,8 @@ def delta_diff(arguments: argparse.Namespace) -> None:
 def diff_checkpoints(a: Path, b: Path, output: Path | None) -> None:
     from longact.delta import changed_rows, load_checkpoint, save
 
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: its folder does not exist")
     trained = load_checkpoint(b)
     # As a delta is applied: the base in the class and dtypes of the trained model.
     dtypes = {name: t.dtype for name, t in trained.state_dict(keep_vars=True).items()}

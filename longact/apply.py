@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longact.capture import Capture
 from longact.nn import (
+    COMPACT_NAMES,
     CompactSalientLinear,
     CountedForward,
     SalientEmbedding,
@@ -32,12 +33,9 @@ from longact.selection import (
     after_step,
     attach,
     before_step,
-    freeze,
     gather_counts,
-    is_frozen_by_us,
     refresh,
     selection_of,
-    unfreeze,
 )
 from longact.targets import Matched, Target, match_embeddings, match_projections
 
@@ -61,7 +59,7 @@ class LongAct:
         self._model = model
         self._targets: list[str] = []
         self._originals: dict[str, tuple[nn.Module, dict[str, Selection | None]]] = {}
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: list[str] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -189,14 +187,25 @@ class LongAct:
             raise ValueError("remove() was called on this handle: save the delta before")
         from longact.delta import save
 
-        rows = {}
-        for name, layer in self.projections.items():
-            assert layer.selection.changed is not None
-            changed = layer.selection.changed.nonzero().squeeze(1).to(torch.int32)
-            for key in ("weight", "bias"):
-                if getattr(layer, key) is not None and changed.numel() > 0:
-                    rows[f"{name}.{key}"] = changed
-        save(self._model, rows, path, keep_ratio=self.config.keep_ratio)
+        model = getattr(self._model, "_orig_mod", self._model)  # of a compiled one
+        rows: dict[str, Tensor] = {}
+        held: set[str] = set()
+        for name, layer in model.named_modules():
+            if isinstance(layer, CompactSalientLinear):  # of other handles, too
+                assert layer.selection.changed is not None
+                changed = layer.selection.changed.nonzero().squeeze(1).to(torch.int32)
+                held |= {f"{name}.{key}" for key in COMPACT_NAMES}
+                for key in ("weight", "bias"):
+                    if getattr(layer, key) is not None:
+                        rows[f"{name}.{key}"] = changed
+        others = [n for n, p in model.named_parameters() if p.requires_grad and n not in held]
+        if others:
+            raise ValueError(
+                f"{others[0]}{f' and {len(others) - 1} others' if others[1:] else ''} can be "
+                "trained, too, and a delta holds the salient rows alone: freeze it, or compare "
+                "with the base: longact.delta.changed_rows, longact.delta.save"
+            )
+        save(model, rows, path, keep_ratio=self.config.keep_ratio)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` saved, bit for bit.
@@ -242,11 +251,14 @@ class LongAct:
             original.train(layer.training)
             for key, param in layer.named_parameters(recurse=False):
                 attach(param, before[key])
-                if is_frozen_by_us(param):
+                if hasattr(param, _FROZEN):
                     param.requires_grad_(False)
             _replace(self._model, name, original)
-        for param in self._frozen:
-            unfreeze(param)
+        # By name: load_state_dict(assign=True) puts other parameters there.
+        params = dict(self._model.named_parameters())
+        for name in self._frozen:
+            if name in params:
+                _unfreeze(params[name])
         for hook in self._hooks:
             hook.remove()
         self._originals.clear()
@@ -338,6 +350,8 @@ def apply(
         matched = match(model, targets, config)
     if config.is_compact:
         _check_compact(model, matched)
+    if rows == "touched":
+        _check_trainable(matched)
     _reshard(model)
 
     decoder = decoder_of(model, (one.module for one in matched.values()))
@@ -346,23 +360,31 @@ def apply(
     counted = CountedForward(position)
 
     handle = LongAct(model, config, {})
+    try:
+        _change(handle, matched, counted)
+        handle._hooks += [
+            decoder.register_forward_pre_hook(counted.enter, with_kwargs=True),
+            decoder.register_forward_hook(counted.leave, always_call=True),
+        ]
+    except BaseException:  # no memory, say
+        handle.remove()
+        raise
+    return handle
+
+
+def _change(handle: LongAct, matched: Mapping[str, Matched], counted: CountedForward) -> None:
     for name, one in matched.items():
         _put_in_place(handle, name, one, counted)
-    if others == "freeze":
+    if handle.config.others == "freeze":
         _freeze_others(handle)
-    handle._hooks += [
-        decoder.register_forward_pre_hook(counted.enter, with_kwargs=True),
-        decoder.register_forward_hook(counted.leave, always_call=True),
-    ]
     blocks: dict[str, dict[str, Matched]] = {}
     for name, one in matched.items():
         block, _, leaf = name.rpartition(".")
         blocks.setdefault(block, {})[leaf] = one
         handle._targets += one.targets(name)
-    if rows == "salient":
+    if handle.config.rows == "salient":
         for block, of_block in blocks.items():
             _connect(handle, block, of_block, counted)
-    return handle
 
 
 def _put_in_place(handle: LongAct, name: str, matched: Matched, counted: CountedForward) -> None:
@@ -426,21 +448,54 @@ def _check_compact(model: nn.Module, matched: Mapping[str, Matched]) -> None:
             )
 
 
+def _check_trainable(matched: Mapping[str, Matched]) -> None:
+    for name, one in matched.items():
+        weight = one.module.weight
+        if not (weight.requires_grad or hasattr(weight, _FROZEN)):
+            raise ValueError(
+                f"{name}.weight is frozen (requires_grad=False), so that rows='touched' would "
+                f"train nothing: call {name}.weight.requires_grad_(True)"
+            )
+
+
 def _freeze_others(handle: LongAct) -> None:
     """Nothing but rows is trained; what another handle trains stays as it is."""
-    compact = [x for x in handle.projections.values() if isinstance(x, CompactSalientLinear)]
-    for layer in compact:
-        handle._frozen += [p for p in layer.parameters(recurse=False) if freeze(p)]
-        layer.hold_rows(layer.selection.num_chosen)
-        assert layer.counted is not None
-        layer.counted.compact.append(layer.selection)
     own = {id(layer.selection) for layer in handle.projections.values()}
-    for param in handle._model.parameters():
+    for name, param in handle._model.named_parameters():
         selection, trains = selection_of(param), param.requires_grad
-        if id(selection) not in own and freeze(param):
-            handle._frozen.append(param)
+        is_own = id(selection) in own
+        if is_own and not handle.config.is_compact:  # touched rows of an embedding
+            continue
+        if _freeze(param):
+            handle._frozen.append(name)
             # What another handle trains goes on, as long as that is there.
-            param.requires_grad_(trains and selection is not None)
+            param.requires_grad_(trains and selection is not None and not is_own)
+    for layer in handle.projections.values():
+        if isinstance(layer, CompactSalientLinear):
+            layer.hold_rows(layer.selection.num_chosen)
+            assert layer.counted is not None
+            layer.counted.compact.append(layer.selection)
+
+
+_FROZEN = "_longact_frozen"  # by how many handles
+
+
+def _freeze(param: nn.Parameter) -> bool:
+    """False: it was frozen by others, and stays so."""
+    count = getattr(param, _FROZEN, 0)
+    if not (count or param.requires_grad):
+        return False
+    setattr(param, _FROZEN, count + 1)
+    param.requires_grad_(False)
+    return True
+
+
+def _unfreeze(param: nn.Parameter) -> None:
+    count = getattr(param, _FROZEN, 1) - 1
+    setattr(param, _FROZEN, count)
+    if count == 0:
+        delattr(param, _FROZEN)
+        param.requires_grad_(True)
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:

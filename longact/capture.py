@@ -47,7 +47,9 @@ class Capture:
         entry: Attention,
         heads: Mapping[str, Sequence[Heads]],
     ) -> None:
-        self._entry = entry
+        # Not the entry, whose layouts cannot be pickled with a model.
+        self._rope, self._heads_first = entry.rope, entry.heads_first
+        self._norm_after_rope = entry.norm_after_rope
         self._heads = heads  # of each projection, by its name in the attention module
         self._rotates = capture == "rope"
         # Of the forward that runs; the layers hold this, which holds no layer otherwise.
@@ -89,7 +91,7 @@ class Capture:
             for heads in own:
                 if heads.kind == kind and layer.counted is not None and layer.counted.active:
                     y = output.detach()
-                    if y.dim() == 4 and self._entry.heads_first:
+                    if y.dim() == 4 and self._heads_first:
                         y = y.transpose(1, 2)
                     y = y.reshape(*y.shape[:2], *heads.rows.shape)
                     self._count(layer, heads, y, is_first=heads is own[0])
@@ -97,8 +99,8 @@ class Capture:
     def _count(self, layer: SalientLinear, heads: Heads, y: Tensor, *, is_first: bool) -> None:
         """`y [batch, tokens, heads, head_dim]`, after its norm. The tokens count once for all heads
         of a projection."""
-        is_rotated = heads.kind in self._normed and self._entry.norm_after_rope
+        is_rotated = heads.kind in self._normed and self._norm_after_rope
         if self._rotates and heads.rotated and not is_rotated:
-            assert self._entry.rope is not None
-            y = self._entry.rope.rotate(y, heads.rotated, self._embeddings)
+            assert self._rope is not None
+            y = self._rope.rotate(y, heads.rotated, self._embeddings)
         layer.count_channels(y.flatten(-2), heads.rows.flatten(), counts_tokens=is_first)

@@ -292,6 +292,9 @@ def load_checkpoint(
     Raises:
         ValueError: no class of transformers, nothing that it can load, or not all the weights.
     """
+    name = os.fspath(base)
+    if not os.path.isdir(name) and (os.path.isabs(name) or name[:1] == "." or name.count("/") > 1):
+        raise ValueError(f"{name!r} is no directory (and no name on the hub): pass the base's")
     # Loaded in the widest dtype and then rounded: the bits that loading in each one gives.
     dtypes = dtypes or {}
     floating = [dtype for dtype in dtypes.values() if dtype.is_floating_point]

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from longact.capture import Capture
 
-__all__ = ["CompactSalientLinear", "SalientEmbedding", "SalientLinear"]
+__all__ = ["SalientLinear"]
 
 
 class CountedForward:
@@ -51,9 +51,12 @@ class CountedForward:
         self._flat_masks: dict[tuple[torch.Size, torch.device], Tensor] = {}  # of an output's kind
         self.shared: list[SharedInput] = []
         self.compact: list[Selection] = []  # which need rows before the first backward
+        self.is_first = True
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.active = module.training and torch.is_grad_enabled()
+        if self.active and self.is_first and self.compact:
+            _check_ddp(self.compact)
         mask = kwargs.get("attention_mask")
         if mask is None and self.mask_position is not None and self.mask_position < len(args):
             mask = args[self.mask_position]
@@ -63,10 +66,12 @@ class CountedForward:
         self.mask = mask if is_token_mask else None
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.active and output is not None and not torch.compiler.is_compiling():
+        is_first = self.is_first and not torch.compiler.is_compiling()
+        if self.active and is_first and output is not None:
             first = [selection for selection in self.compact if selection.rows is None]
             if first:
                 select_provisionally(first)
+            self.is_first = False
         self.active = False
         self.mask = None
         self._flat_masks.clear()
@@ -93,6 +98,22 @@ class CountedForward:
                 f"output of shape {[*y.shape]}: longact cannot tell which tokens are padding"
             )
         return (mask != 0).flatten().to(y.device)
+
+
+def _check_ddp(selections: Sequence[Selection]) -> None:
+    """A DistributedDataParallel knows the parameters that there were when it was made."""
+    ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        return
+    known = {id(param) for param in ddp._module_parameters}
+    for selection in selections:
+        layer = selection.held_by()
+        if layer is not None and id(layer.salient_weight) not in known:
+            raise RuntimeError(
+                f"{selection.name}: the model was wrapped in DistributedDataParallel before "
+                "longact.apply(..., others='freeze'), and the ranks would drift apart: apply "
+                "first, then wrap"
+            )
 
 
 class _Output(NamedTuple):
@@ -213,16 +234,16 @@ class _CompactRowGradLinear(torch.autograd.Function):
         salient_weight: Tensor,
         salient_bias: Tensor | None,
         rows: Tensor | None,
-        selection: Selection | None,
+        layer: CompactSalientLinear | None,
         y: Tensor,
     ) -> Tensor:
         return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, salient_weight, _, rows, selection, _ = inputs
+        input, weight, salient_weight, _, rows, layer, _ = inputs
         ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None)
-        ctx.rows, ctx.selection, ctx.dtype = rows, selection, salient_weight.dtype
+        ctx.rows, ctx.layer, ctx.dtype = rows, layer, salient_weight.dtype
 
     @staticmethod
     @once_differentiable  # the weight that dx depends on is no parameter
@@ -233,30 +254,13 @@ class _CompactRowGradLinear(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             grad_input = grad_output @ weight
-        rows = ctx.rows if ctx.selection is None else _rows_of_backward(ctx.rows, ctx.selection)
+        rows = ctx.rows if ctx.layer is None else ctx.layer.rows_of_backward(ctx.rows)
         flat = grad_output.reshape(-1, grad_output.shape[-1])
         if needs_weight:
             grad_weight = row_grad(flat, input.reshape(-1, input.shape[-1]), rows).to(ctx.dtype)
         if needs_bias:
             grad_bias = flat.index_select(1, rows).sum(0).to(ctx.dtype)
         return grad_input, None, grad_weight, grad_bias, None, None, None
-
-
-def _rows_of_backward(rows: Tensor | None, selection: Selection) -> Tensor:
-    """Of a forward before the first selection they are those that were chosen as it ended."""
-    now = selection.rows
-    if now is None:
-        raise RuntimeError(
-            f"{selection.name}: no rows are selected yet, and with others='freeze' there is no "
-            "gradient without: run a forward in training mode (model.train()), not compiled, with "
-            "finite activations and tokens that count, before or as this one"
-        )
-    if rows is not None and rows is not now:
-        raise RuntimeError(
-            f"{selection.name}: its rows changed between this forward and its backward, whose "
-            "gradient would belong to others: run backward before step() or refresh()"
-        )
-    return now
 
 
 def _grad_so_far(weight: Tensor | None, grad_output: Tensor, input: Tensor) -> Tensor | None:
@@ -523,32 +527,40 @@ class CompactSalientLinear(SalientLinear):
     salient_bias: nn.Parameter | None
 
     def hold_rows(self, num_rows: int) -> None:
-        """Makes the parameters; `weight` and `bias` are frozen."""
-        for name in ("weight", "bias"):
-            param = getattr(self, name)
-            held = None
-            if param is not None:
-                param.requires_grad_(False)
-                held = nn.Parameter(param.new_zeros((num_rows, *param.shape[1:])))
-            self.register_parameter(f"salient_{name}", held)
-        self._attach(self.selection)
+        """Makes the parameters; `weight` and `bias` are to be frozen."""
+        for name in COMPACT_NAMES:
+            param = getattr(self, name.removeprefix("salient_"))
+            rows = None if param is None else param.new_zeros((num_rows, *param.shape[1:]))
+            self.register_parameter(name, None if rows is None else nn.Parameter(rows))
+        self._start()
 
     def release_rows(self) -> None:
         """Takes the parameters out again, which the layer that this was made from shares."""
         self.selection.holder = None
         for name in COMPACT_NAMES:
-            self._parameters.pop(name)
+            self._parameters.pop(name, None)
+
+    def _start(self) -> None:
+        self._attach(self.selection)
+        self._gradients: dict[str, _Gradient] = {}  # of each parameter, the last
+        # Of each parameter, when it was last equal to the rows.
+        self._versions = {name: param._version for name, param, _ in self._held()}
 
     def _attach(self, selection: Selection) -> None:
         super()._attach(selection)
         selection.holder = weakref.ref(self)
-        for param in self.held_parameters():
-            if not param._post_accumulate_grad_hooks:
-                param.register_post_accumulate_grad_hook(_note_rows)  # type: ignore[no-untyped-call]
         _watch_optimizers()
 
-    def held_parameters(self) -> list[nn.Parameter]:
-        return [p for name in COMPACT_NAMES if (p := self._parameters.get(name)) is not None]
+    def _held(self) -> list[tuple[str, nn.Parameter, Tensor]]:
+        """(name, the selected rows, all rows)"""
+        return [
+            (name, held, getattr(self, name.removeprefix("salient_")))
+            for name in COMPACT_NAMES
+            if (held := self._parameters.get(name)) is not None
+        ]
+
+    def holds(self, param: Tensor) -> bool:
+        return any(held is param for _, held, _ in self._held())
 
     def check_not_sharded(self) -> None:
         if is_sharded(self.weight) or is_sharded(self.salient_weight):
@@ -557,29 +569,38 @@ class CompactSalientLinear(SalientLinear):
                 "(FSDP2, tensor parallelism): use DistributedDataParallel, or others='train'"
             )
 
-    def _held(self) -> list[tuple[Tensor, Tensor]]:
-        """(all rows, the selected ones)"""
-        self.check_not_sharded()
-        pairs = [(self.weight, self.salient_weight), (self.bias, self.salient_bias)]
-        return [(whole, held) for whole, held in pairs if whole is not None and held is not None]
-
     @torch.no_grad()
     def read_rows(self) -> None:
         """The parameters become those of the rows that are selected now."""
         assert self.rows is not None
-        for whole, held in self._held():
+        self.check_not_sharded()
+        for name, held, whole in self._held():
             held.copy_(whole.index_select(0, self.rows))
+            self._versions[name] = held._version
 
     @torch.no_grad()
-    def write_rows(self) -> None:
-        """What a step made of the parameters becomes the selected rows' values."""
+    def write_rows(self, param: Tensor) -> None:
+        """What a step made of one of the parameters becomes the selected rows' values."""
         if self.rows is None:
             return
+        self.check_not_sharded()
         rows = self.rows.long()
-        for whole, held in self._held():
-            whole.index_copy_(0, rows, held)
+        for name, held, whole in self._held():
+            if held is param:
+                whole.index_copy_(0, rows, held)
+                self._versions[name] = held._version
+                if name in self._gradients:
+                    self._gradients[name] = self._gradients[name]._replace(is_spent=True)
         assert self.selection.changed is not None
         self.selection.changed.index_fill_(0, rows, True)
+
+    def _write_changes(self) -> None:
+        """Of parameters that were changed otherwise than by an optimizer's step: in its closure, by
+        averaging, ..."""
+        if not torch.compiler.is_compiling():
+            for name, held, _ in self._held():
+                if held._version != self._versions[name]:
+                    self.write_rows(held)
 
     def replaced(self, rows: Tensor) -> None:
         """These rows of weight and bias are not any more what training started from."""
@@ -589,7 +610,59 @@ class CompactSalientLinear(SalientLinear):
         if self.rows is not None:
             self.read_rows()
 
+    def rows_of_backward(self, rows: Tensor | None) -> Tensor:
+        """Those of the forward; of one before the first selection those chosen as it ended."""
+        now = self.rows
+        if now is None:
+            raise RuntimeError(
+                f"{self.selection.name}: no rows are selected yet, and with others='freeze' there "
+                "is no gradient without: run a forward in training mode (model.train()), not "
+                "compiled, before or as this one"
+            )
+        if rows is not None and rows is not now:
+            raise RuntimeError(
+                f"{self.selection.name}: its rows changed between this forward and its backward, "
+                "whose gradient would belong to others: run backward before step() or refresh()"
+            )
+        for name, held, _ in self._held():
+            last = self._gradients.get(name)
+            # What a step has had may have been set to zero in place.
+            is_other = held.grad is not None and last is not None and last.rows is not now
+            if is_other and not (last.is_spent and not bool(held.grad.any())):  # type: ignore[union-attr]
+                self._refuse_gradient()
+            self._gradients[name] = _Gradient(now, is_spent=False)
+        return now
+
+    def check_gradient(self, param: Tensor) -> None:
+        """Raises RuntimeError where a gradient is one of rows that were selected before."""
+        for name, held, _ in self._held():
+            last = self._gradients.get(name)
+            is_due = last is not None and not last.is_spent
+            if held is param and is_due and last.rows is not self.rows:  # type: ignore[union-attr]
+                self._refuse_gradient()
+
+    def _refuse_gradient(self) -> NoReturn:
+        raise RuntimeError(
+            f"{self.selection.name}: with others='freeze' its gradient belongs to rows that are "
+            "not selected any more: call zero_grad() after each step(), select others before "
+            "backward() or after step(), and give weight and bias of a layer to one optimizer"
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        rows, device = self.rows, self.weight.device
+        if rows is not None and rows.device != device:
+            self.selection.rows = rows.to(device)
+        self.selection.move(self.out_features, device)
+        self._start()
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._write_changes()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         for name in COMPACT_NAMES:
             destination.pop(prefix + name, None)
@@ -606,31 +679,33 @@ class CompactSalientLinear(SalientLinear):
         if self.rows is not None:
             self.read_rows()
 
+    def forward(self, input: Tensor) -> Tensor:
+        self._write_changes()
+        return super().forward(input)
+
     def _has_row_grad(self, rows: Tensor | None) -> bool:
-        held = (self.salient_weight, self.salient_bias)
-        return any(param is not None and param.requires_grad for param in held)
+        bias = self.salient_bias
+        return self.salient_weight.requires_grad or (bias is not None and bias.requires_grad)
 
     def _with_row_grad(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, y: Tensor
     ) -> Tensor:
-        selection: Selection | None = self.selection
+        layer: CompactSalientLinear | None = self
         if torch.compiler.is_compiling():
             if rows is None:
                 raise RuntimeError(
                     f"{self.selection.name}: no rows are selected yet, which a compiled forward "
                     "cannot do: run a training forward of the model uncompiled first"
                 )
-            selection = None
+            layer = None
         return _CompactRowGradLinear.apply(  # type: ignore[no-any-return]
-            input, weight, self.salient_weight, self.salient_bias, rows, selection, y
+            input, weight, self.salient_weight, self.salient_bias, rows, layer, y
         )
 
 
-def _note_rows(param: Tensor) -> None:
-    """Whose gradient it is, compiled or not."""
-    selection = selection_of(param)
-    if selection is not None:
-        selection.gradient_rows = selection.rows
+class _Gradient(NamedTuple):
+    rows: Tensor  # that it belongs to
+    is_spent: bool  # whether a step has had it
 
 
 @functools.cache
@@ -640,24 +715,23 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_write_rows)
 
 
-def _compact_layers(optimizer: torch.optim.Optimizer) -> list[CompactSalientLinear]:
-    """Of whose parameters it has some."""
-    layers = {}
+def _compact_layers(optimizer: torch.optim.Optimizer) -> Iterator[tuple[CompactSalientLinear, Any]]:
+    """Each of its parameters that is one of such a layer, or the frozen weight or bias of one."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             selection = selection_of(param)
             if selection is not None and (layer := selection.held_by()) is not None:
-                layers[id(layer)] = layer
-    return list(layers.values())
+                yield layer, param
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    layers = _compact_layers(optimizer)
-    if not layers:
-        return
-    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    for layer in layers:
-        if not any(id(param) in own for param in layer.held_parameters()):
+    pairs = list(_compact_layers(optimizer))
+    own = {id(param) for _, param in pairs}
+    for layer, param in pairs:
+        if layer.holds(param):
+            if param.grad is not None:
+                layer.check_gradient(param)
+        elif id(layer.salient_weight) not in own:
             raise RuntimeError(
                 f"{layer.selection.name}: the optimizer has its frozen weight, and not the "
                 "parameters that longact.apply(..., others='freeze') trains in its place: "
@@ -668,8 +742,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _write_rows(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """The parameters that hold rows become these rows' values."""
     if not isinstance(optimizer, FusedMaskedAdam):  # which did it, before it chose other rows
-        for layer in _compact_layers(optimizer):
-            layer.write_rows()
+        for layer, param in _compact_layers(optimizer):
+            layer.write_rows(param)
 
 
 class SalientEmbedding(_Selecting, nn.Embedding):
@@ -688,17 +762,22 @@ class SalientEmbedding(_Selecting, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
-        if self.counted is not None and self.counted.active:
+        if self.counted is not None and self.training and torch.is_grad_enabled():
+            self._touch(input, y, self.counted)
+        return y
+
+    def _touch(self, input: Tensor, y: Tensor, counted: CountedForward) -> None:
+        union = self.selection.union
+        assert union is not None
+        if union.device != y.device:
+            self.selection.move(self.num_embeddings, y.device)
             union = self.selection.union
             assert union is not None
-            if union.device != y.device:
-                self.selection.move(self.num_embeddings, y.device)
-                union = self.selection.union
-                assert union is not None
-            mask = self.counted.token_mask(y)
-            ids = input.flatten()
-            counts = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
-            # Not union[ids[mask]] = True, for whose size the host would wait.
-            touched = torch.zeros_like(union, dtype=ids.dtype).index_add_(0, ids, counts)
-            union.logical_or_(touched > 0)
-        return y
+        # Outside of the model's forward (for inputs_embeds), and of positions, there is no mask.
+        has_mask = counted.mask is not None and input.shape[:1] == counted.mask.shape[:1]
+        mask = counted.token_mask(y) if has_mask else None
+        ids = input.flatten()
+        counts = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
+        # Not union[ids[mask]] = True, for whose size the host would wait.
+        touched = torch.zeros_like(union, dtype=ids.dtype).index_add_(0, ids, counts)
+        union.logical_or_(touched > 0)

@@ -265,9 +265,10 @@ class FusedMaskedAdam(Optimizer):
                 state.clear()
                 state.update(old)
             raise
-        for selection in selections:
-            if (layer := selection.held_by()) is not None:
-                layer.write_rows()
+        if any(selection.is_compact for selection in selections):
+            for param, _, owner, _, _ in pairs:
+                if owner is not None and (layer := owner.held_by()) is not None:
+                    layer.write_rows(param)
         after_step(selections)
         return loss
 
@@ -286,7 +287,7 @@ class FusedMaskedAdam(Optimizer):
             start += len(params)
         for param, grad, selection, _, index in pairs:
             if selection is not None and selection.is_compact:
-                self._check_compact(param, selection, self.param_groups[index])
+                self._check_held(param, selection, self.param_groups[index])
             if grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"{self._name_of(param)} has a gradient of layout {grad.layout}: "
@@ -295,7 +296,7 @@ class FusedMaskedAdam(Optimizer):
                 )
         return pairs
 
-    def _check_compact(self, param: Tensor, selection: Selection, group: dict[str, Any]) -> None:
+    def _check_held(self, param: Tensor, selection: Selection, group: dict[str, Any]) -> None:
         if group["inactive"] != "freeze":
             raise ValueError(
                 f"{self._name_of(param)}: inactive={group['inactive']!r} updates unselected rows, "
@@ -306,7 +307,6 @@ class FusedMaskedAdam(Optimizer):
                 f"{self._name_of(param)} has a gradient and no selected rows: with others='freeze' "
                 "a training forward selects them first"
             )
-        selection.check_gradient()
         if (layer := selection.held_by()) is not None:
             layer.check_not_sharded()
 

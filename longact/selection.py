@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,7 +31,6 @@ from longact.rows import Shard, check_rows, local_row_buffer, local_rows
 __all__ = ["LongActWarning", "get_rows", "set_rows"]
 
 _ATTRIBUTE = "_longact_selection"
-_FROZEN = "_longact_frozen"  # by how many handles of others="freeze"
 
 
 class LongActWarning(UserWarning):
@@ -101,12 +100,12 @@ class SelectionConfig:
 
     def _check_touched(self) -> None:
         """What says how salient rows are chosen says nothing of touched ones."""
-        for name in ("keep_ratio", "metric", "scope", "refresh_every", "capture", "pair_rope"):
-            value = getattr(self, name)
-            if value != type(self).__dataclass_fields__[name].default:
+        for argument in fields(self):
+            value = getattr(self, argument.name)
+            if argument.name not in ("others", "rows") and value != argument.default:
                 raise ValueError(
-                    f"{name}={value!r} with rows='touched', which trains the rows that the step's "
-                    f"tokens read: leave {name} out"
+                    f"{argument.name}={value!r} with rows='touched', which trains the rows that "
+                    f"the step's tokens read: leave {argument.name} out"
                 )
 
     @property
@@ -165,8 +164,17 @@ class Selection:
     # others="freeze": the layer whose parameters hold the selected rows alone.
     holder: weakref.ReferenceType[Any] | None = None
     changed: Tensor | None = None  # bool [channels]: rows that a step of these may have changed
-    gradient_rows: Tensor | None = None  # that the last gradient belongs to
-    is_provisional: bool = False
+    is_provisional: bool = False  # chosen by the first forward alone
+    # Of the two above, for every step of every selection; set once:
+    is_compact: bool = field(init=False, default=False)
+    is_plain: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        # Whether the parameters that are trained hold the selected rows alone.
+        self.is_compact = self.config is not None and self.config.is_compact
+        # Whether each of the channels is a candidate by itself.
+        self.is_plain = len(self.candidates) == 1 and self.candidates[0].units is None
+
     captured: int | None = None  # rows that a captured backward reads at each replay
     # Of these rows those in a shard, as a buffer or not; kept, as `rows` are, while they hold.
     on_shard: dict[tuple[Shard, bool], Tensor] = field(default_factory=dict)
@@ -179,21 +187,15 @@ class Selection:
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a buffer and a report of its own, and is in no captured graph.
         none: dict[str, Any] = {"buffer": None, "report": None, "captured": None, "on_shard": {}}
-        return {**self.__dict__, **none, "holder": None, "gradient_rows": None}
-
-    @property
-    def is_compact(self) -> bool:
-        """Whether the parameters that are trained hold the selected rows alone."""
-        return self.config is not None and self.config.is_compact
+        return {**self.__dict__, **none, "holder": None}
 
     @property
     def num_chosen(self) -> int:
         """How many rows a refresh selects."""
-        counts, heads = _ranking(self)
         always = 0 if self.always is None else self.always.numel()
         return always + sum(
             (self.num_units(c) // head) * k * (1 if c.units is None else c.units.shape[1])
-            for c, k, head in zip(self.candidates, counts, heads, strict=True)
+            for c, k, head in _ranking(self)
         )
 
     def num_units(self, candidates: Candidates) -> int:
@@ -207,9 +209,7 @@ class Selection:
         rows = [c.rows(units) for c, units in zip(self.candidates, chosen, strict=True)]
         if self.always is not None:
             rows.append(self.always)
-        # Units of one channel in order need no sorting.
-        is_sorted = len(rows) == 1 and self.candidates[0].units is None
-        return rows[0] if is_sorted else torch.cat(rows).sort().values
+        return rows[0] if self.is_plain else torch.cat(rows).sort().values
 
     def choose(self, rows: Tensor | None) -> None:
         now = "all" if rows is None else rows.numel()
@@ -232,14 +232,6 @@ class Selection:
 
     def held_by(self) -> Any:
         return None if self.holder is None else self.holder()
-
-    def check_gradient(self) -> None:
-        """Raises RuntimeError where a gradient is one of rows that were selected before."""
-        if self.gradient_rows is not None and self.gradient_rows is not self.rows:
-            raise RuntimeError(
-                f"{self.name}: with others='freeze' its gradient belongs to rows that are not "
-                "selected any more: select others before backward(), or after step()"
-            )
 
     def check_count(self, rows: Tensor | None) -> None:
         """Raises ValueError where the parameters that hold the rows have room for others."""
@@ -385,7 +377,7 @@ class Selection:
     def _first_rows(self, device: torch.device) -> Tensor:
         """Of each head the first, as many as are selected."""
         chosen = []
-        for c, k, head in zip(self.candidates, *_ranking(self), strict=True):
+        for c, k, head in _ranking(self):
             first = torch.arange(0, self.num_units(c), head, dtype=torch.int32, device=device)
             offset = torch.arange(k, dtype=torch.int32, device=device)
             chosen.append((first[:, None] + offset).flatten())
@@ -432,28 +424,6 @@ def attach(param: Tensor, selection: Selection | None) -> None:
         setattr(param, _ATTRIBUTE, selection)
     elif hasattr(param, _ATTRIBUTE):
         delattr(param, _ATTRIBUTE)
-
-
-def freeze(param: Tensor) -> bool:
-    """Until `unfreeze` was called as often. False: it was frozen by others, and stays so."""
-    count = getattr(param, _FROZEN, 0)
-    if not (count or param.requires_grad):
-        return False
-    setattr(param, _FROZEN, count + 1)
-    param.requires_grad_(False)
-    return True
-
-
-def unfreeze(param: Tensor) -> None:
-    count = getattr(param, _FROZEN) - 1
-    setattr(param, _FROZEN, count)
-    if count == 0:
-        delattr(param, _FROZEN)
-        param.requires_grad_(True)
-
-
-def is_frozen_by_us(param: Tensor) -> bool:
-    return hasattr(param, _FROZEN)
 
 
 def set_rows(param: Tensor, rows: Tensor | Sequence[int] | None) -> None:
@@ -509,14 +479,14 @@ def get_rows(param: Tensor) -> Tensor | None:
     return None if selection is None else selection.rows
 
 
-def _ranking(selection: Selection) -> tuple[list[int], list[int]]:
+def _ranking(selection: Selection) -> list[tuple[Candidates, int, int]]:
     """Of each of a selection's candidates: how many units of a head are chosen, and how many units
     a head has. But with scope="head" all of them are one head."""
     config = selection.config
     assert config is not None
     by_head = config.scope == "head"
     heads = [c.head if by_head else selection.num_units(c) for c in selection.candidates]
-    return [config.count(head) for head in heads], heads
+    return [(c, config.count(n), n) for c, n in zip(selection.candidates, heads, strict=True)]
 
 
 class _Totals(NamedTuple):
@@ -534,35 +504,31 @@ def _choose_from(
     the previous rows, if there are as many. Nothing is read by the host."""
     config = members[0].selection.config
     assert config is not None
-    totals, tokens, olds, counts, heads, owners = [], [], [], [], [], []
-    for i, (selection, total, over) in enumerate(members):
-        for c, k, head in zip(selection.candidates, *_ranking(selection), strict=True):
+    totals, tokens, olds, counts, heads = [], [], [], [], []
+    pieces = []  # of each member: as many as it has candidates
+    for (selection, total, over), old in zip(members, previous, strict=True):
+        of_one = _ranking(selection)
+        pieces.append(len(of_one))
+        for c, k, head in of_one:
             totals.append(c.totals(total, config.metric))
             tokens.append(over)
-            olds.append(previous[i] if _is_plain(selection) else None)
+            olds.append(old if selection.is_plain else None)
             counts.append(k)
             heads.append(head)
-            owners.append(i)
     chosen, status = select_rows(totals, tokens, olds, counts, heads, config.metric)
-    if len(owners) == len(members) and all(_is_plain(m.selection) for m in members):
+    if all(selection.is_plain for selection, _, _ in members):
         return chosen, status
-    of_member: list[list[int]] = [[] for _ in members]
-    for piece, owner in enumerate(owners):
-        of_member[owner].append(piece)
     rows, states = [], []
-    for member, pieces, old in zip(members, of_member, previous, strict=True):
-        new = member.selection.join([chosen[piece] for piece in pieces])
-        state = torch.stack([status[piece] for piece in pieces]).amax()
+    units, codes = iter(chosen), torch.split(status, pieces)
+    for (selection, _, _), number, of_pieces, old in zip(
+        members, pieces, codes, previous, strict=True
+    ):
+        new, state = selection.join([next(units) for _ in range(number)]), of_pieces.amax()
         if old is not None and old.shape == new.shape:
             new = torch.where(state == CHOSEN, new, old)
         rows.append(new)
         states.append(state)
     return rows, torch.stack(states)
-
-
-def _is_plain(selection: Selection) -> bool:
-    """Whether each of its channels is a candidate by itself."""
-    return len(selection.candidates) == 1 and selection.candidates[0].units is None
 
 
 def refresh(
@@ -601,11 +567,14 @@ def refresh(
 
 
 def select_provisionally(selections: Sequence[Selection]) -> None:
-    """others="freeze": rows for the first backward, from the first forward alone. The first step's
-    boundary selects from all of the step's forwards, as ever."""
+    """others="freeze": rows for the first backward, from the first forward alone; where nothing can
+    be chosen the first of each head. The first step's boundary selects from all of the step's
+    forwards, as ever."""
     refresh(selections, keep_counts=True)
     for selection in selections:
-        selection.is_provisional = selection.rows is not None
+        if selection.rows is None and selection.forward_rows is not None:
+            selection.choose(selection.forward_rows.clone())
+        selection.is_provisional = True
 
 
 def _select(members: list[_Totals], *, wait: bool) -> None:

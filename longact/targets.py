@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longact.architectures import Attention, Heads, heads_of, recognise
 from longact.capture import check_capture
 from longact.nn import SalientEmbedding, SalientLinear, is_plain_linear
-from longact.selection import Candidates, SelectionConfig, is_frozen_by_us
+from longact.selection import Candidates, SelectionConfig
 
 __all__ = ["Matched", "Target", "match_embeddings", "match_projections"]
 
@@ -75,6 +75,11 @@ def match_projections(
             one.entry = one.attention = None
             if targets is None:
                 del matched[name]
+    if not matched:
+        raise ValueError(
+            f"{type(model).__name__} has no softmax attention in use, whose q and k could be "
+            "trained by rows: pass targets, the names of the layers to train so"
+        )
     for name, one in matched.items():
         _check_heads(name, one, config)
         head_dim = None if one.heads or config.scope != "head" else _head_dim(model)
@@ -110,11 +115,6 @@ def match_embeddings(
         if type(one.module) is not nn.Embedding:
             raise TypeError(
                 f"{name} is a {kind}, not a plain torch.nn.Embedding, which rows='touched' is for"
-            )
-        if not (one.module.weight.requires_grad or is_frozen_by_us(one.module.weight)):
-            raise ValueError(
-                f"{name}.weight is frozen (requires_grad=False), so that rows='touched' would "
-                f"train nothing: call {name}.weight.requires_grad_(True)"
             )
         if one.module.sparse:
             raise ValueError(

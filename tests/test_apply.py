@@ -32,6 +32,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import longact
+from longact.architectures import ARCHITECTURES, Attention
 from longact.nn import SalientLinear
 
 
@@ -395,6 +396,14 @@ def test_scope_head_needs_a_head_dimension_that_divides() -> None:
     refused(model, ValueError, r"v_proj.*32.*24", targets="v_proj", scope="head")
     model.model.layers[1].self_attn.head_dim = 24
     refused(model, ValueError, r"q_proj.*64.*24", scope="head")
+
+
+def test_a_model_whose_attention_is_not_softmax_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    none: Any = Attention({"q_proj": lambda *_: [], "k_proj": lambda *_: []})
+    monkeypatch.setitem(ARCHITECTURES, "llama", none)
+    refused(tiny_model(), ValueError, "no softmax attention in use.*pass targets")
 
 
 def test_apply_twice_is_refused_and_the_first_one_goes_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ import pytest
 import torch
 from helpers import assert_same_bits, assert_same_tree
 from models import (
+    Q0,
     adam,
     assert_same_params,
     changed_rows,
@@ -546,6 +548,19 @@ def test_each_forward_selects_pairs_for_its_own_backward(case: str, scope: str) 
 
 
 # ---- copies, checkpoints, removal ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture", ["norm", "rope"])
+def test_a_pickled_model_counts_for_itself(capture: Any) -> None:
+    model = tiny_model("qwen3")
+    longact.apply(model, capture=capture)
+    twin = pickle.loads(pickle.dumps(model))
+    twin(input_ids=token_ids())
+    own, other = (m.get_submodule(Q0).selection for m in (model, twin))
+    assert int(own.tokens) == 0
+    assert int(other.tokens) == token_ids().numel()
+    model(input_ids=token_ids())
+    assert torch.equal(own.magnitude, other.magnitude)
 
 
 @pytest.mark.parametrize(("case", "capture", "pair_rope"), SOME)

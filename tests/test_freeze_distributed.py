@@ -124,6 +124,19 @@ def test_gradient_buckets_hold_the_rows_alone(ranks: list[Any]) -> None:
         assert sum(ranks[0][kind]["buckets"]) == STEPS * rows
 
 
+def apply_too_late(rank: int, tmp: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=rank, world_size=2)
+    ddp = DistributedDataParallel(models.tiny_model())
+    longact.apply(ddp.module, others="freeze")
+    with pytest.raises(RuntimeError, match="apply first, then wrap"):
+        ddp(input_ids=models.token_ids(seed=rank))
+    dist.destroy_process_group()
+
+
+def test_a_model_that_is_wrapped_already_is_refused(tmp_path: Path) -> None:
+    mp.start_processes(apply_too_late, (str(tmp_path),), nprocs=2, start_method="forkserver")
+
+
 def train_a_copy(rank: int, tmp: str) -> None:
     model: Any = torch.load(f"{tmp}/copy.pt", weights_only=False)
     optimizer = torch.optim.SGD([model[0].salient_weight], lr=0.1)
@@ -132,8 +145,6 @@ def train_a_copy(rank: int, tmp: str) -> None:
     torch.save(model.state_dict(), f"{tmp}/trained.pt")
 
 
-# Reported: the hook that writes values back is longact.apply's, which was not called there. (The
-# same with a copy in this process, after the original's remove().)
 def test_a_copy_trains_with_another_optimizer_where_nothing_was_applied(tmp_path: Path) -> None:
     model: Any = torch.nn.Sequential(torch.nn.Linear(3, 6))
     longact.apply(model, 0.5, targets="0", others="freeze")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import itertools
+import json
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ CHATML = (
 )
 TINY, PLAIN, SMOLLM2 = "tiny", "tiny without a chat template", "SmolLM2"
 #: The shortest prompts of the longest examples fit with some room for filler.
-TOKENS = 512
+TOKENS = 640
 
 
 def package() -> Path | None:
@@ -86,9 +91,23 @@ def assignments_of(prompt: Any) -> list[tuple[str, str]]:
     return re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?([A-Z]{5}|\d{5})\.", text_of(prompt))
 
 
+def links_of(prompt: Any) -> list[tuple[str, str]]:
+    link = r"special magic numbers? for ([a-z]+ [a-z]+) (?:is that|are those) for ([a-z]+ [a-z]+)\."
+    return re.findall(link, text_of(prompt))
+
+
+def words_of(prompt: Any) -> list[str]:
+    """The words of the list, as often as they stand there."""
+    _, text, _ = text_of(prompt).split("\n")
+    return [word for word in text.split(" ") if word.isalpha()]
+
+
 def solve(prompt: Any) -> str:
     """An oracle that knows how to read, and nothing of the generator."""
     text = text_of(prompt)
+    if query := re.search(r"What are the (\w+) most (?:common|frequently appeared) words", text):
+        asked = 3 if query[1] == "three" else int(query[1])
+        return ", ".join(word for word, _ in Counter(words_of(prompt)).most_common(asked))
     if query := re.search(r"assigned the value (\d+) in the text", text):
         values: dict[str, str] = {}
         for name, source in assignments_of(prompt):
@@ -96,8 +115,10 @@ def solve(prompt: Any) -> str:
         return " ".join(name for name, value in values.items() if value == query[1])
     query = re.search(r"What (?:is|are all) the special magic numbers? for (.*?) mentioned", text)
     assert query is not None
-    asked = query[1].replace(", and ", ", ").split(", ")
-    return ", ".join(number for key, number in needles_of(prompt) if key in asked)
+    keys, sources = query[1].replace(", and ", ", ").split(", "), dict(links_of(prompt))
+    while set(keys) & set(sources):
+        keys = [sources.get(key, key) for key in keys]
+    return ", ".join(number for key, number in needles_of(prompt) if key in keys)
 
 
 def state_everything(prompt: Any) -> str:
@@ -105,7 +126,10 @@ def state_everything(prompt: Any) -> str:
 
 
 def rewards(solver: Callable[[Any], str], dataset: Any) -> list[float]:
-    return recall_reward([solver(p) for p in dataset["prompt"]], list(dataset["answers"]))
+    """As TRL calls it: with the columns as keyword arguments."""
+    columns = {name: list(dataset[name]) for name in dataset.column_names}
+    prompts = columns.pop("prompt")
+    return recall_reward(completions=[solver(p) for p in prompts], prompts=prompts, **columns)
 
 
 @all_kinds
@@ -115,10 +139,12 @@ def test_a_solver_that_reads_gets_all_and_one_that_states_everything_does_not(
     task: str, kind: str, split: Any
 ) -> None:
     dataset = make_dataset(task, tokenizer_of(kind), TOKENS, 8, split)
-    assert dataset.column_names == ["prompt", "answers", "task"]
+    listed = ["candidates"] if task in ("cwe", "fwe") else []
+    assert dataset.column_names == ["prompt", "answers", "task", *listed]
     assert set(dataset["task"]) == {task}
     assert rewards(solve, dataset) == [1.0] * 8
-    assert max(rewards(state_everything, dataset)) <= 0.5
+    # Of a single needle, everything is the answer.
+    assert max(rewards(state_everything, dataset)) <= (1 if task == "niah_single_1" else 0.5)
     assert rewards(lambda prompt: "", dataset) == [0.0] * 8
 
 
@@ -127,13 +153,14 @@ def test_a_solver_that_reads_gets_all_and_one_that_states_everything_does_not(
 @pytest.mark.parametrize("conversational", [True, False])
 def test_lengths_vary_up_to_tokens(task: str, kind: str, conversational: bool) -> None:
     tokenizer = tokenizer_of(kind)
-    for tokens in (TOKENS, 700):
+    # "cwe" needs much of it for its common words.
+    for tokens in (760,) if task == "cwe" else (700,):
         dataset = make_dataset(task, tokenizer, tokens, 24, conversational=conversational)
         lengths = [length_of(tokenizer, prompt) for prompt in dataset["prompt"]]
         assert max(lengths) <= tokens
         assert max(lengths) > 0.93 * tokens
-        # A target of 3/4 is missed by less than one sentence of filler.
-        assert min(lengths) > 0.75 * tokens - (24 if task == "niah_multikey_2" else 7)
+        # A target of 3/4 is missed by less than one sentence or word of filler.
+        assert min(lengths) > 0.75 * tokens - {"niah_multikey_2": 24, "cwe": 10}.get(task, 7)
         assert len(set(lengths)) > 8
         assert min(lengths) < 0.85 * tokens
 
@@ -169,9 +196,11 @@ def test_the_tokens_needed_are_those_of_the_longest_example() -> None:
 @pytest.mark.parametrize(
     ("task", "keys", "needles", "answers"),
     [
+        ("niah_single_1", 1, 1, 1),
         ("niah_multikey_1", 12, 12, 1),
         ("niah_multiquery", 8, 8, 4),
         ("niah_multivalue", 3, 12, 4),
+        ("niah_multihop", 4, 4, 1),
         ("vt", 10, 10, 5),
     ],
 )
@@ -200,6 +229,93 @@ def test_a_needle_haystack_is_made_of_needles_alone() -> None:
         ValueError, match=r"tokens=90000 is too many for niah_multikey_2: .* 4\d{4}$"
     ):
         make_dataset("niah_multikey_2", tokenizer_of(TINY), 90_000, 1)
+
+
+def test_hops_lead_from_key_to_key_and_to_numbers_at_the_end_alone() -> None:
+    dataset = make_dataset("niah_multihop", tokenizer_of(TINY), TOKENS, 16)
+    orders = []
+    for prompt, (answer,) in zip(dataset["prompt"], dataset["answers"], strict=True):
+        sources, numbers = dict(links_of(prompt)), dict(needles_of(prompt))
+        assert len(sources) == len(set(sources.values())) == 8
+        assert not set(sources) & set(numbers)
+        heads = set(sources) - set(sources.values())
+        assert len(heads) == 4
+        (asked,) = re.findall(r"number for ([a-z]+ [a-z]+) mentioned", text_of(prompt))
+        assert asked in heads
+        assert numbers[sources[sources[asked]]] == answer
+        text = text_of(prompt)
+        orders.append(text.index(f"for {asked} is that") < text.index(answer))
+    assert len(set(orders)) == 2  # a number can come before what leads to it
+    many = make_dataset(
+        "niah_multiquery", tokenizer_of(TINY), TOKENS, 4, keys=3, queries=2, values=2, hops=3
+    )
+    assert {len(links_of(prompt)) for prompt in many["prompt"]} == {9}
+    assert {len(answers) for answers in many["answers"]} == {4}
+    assert rewards(solve, many) == [1.0] * 4
+
+
+def test_without_distractors_all_keys_can_be_asked_for_as_rulers_do() -> None:
+    dataset = make_dataset(
+        "niah_multiquery", tokenizer_of(TINY), TOKENS, 4, keys=4, distractors=False
+    )
+    for prompt, answers in zip(dataset["prompt"], dataset["answers"], strict=True):
+        assert {number for _, number in needles_of(prompt)} == set(answers)
+
+
+@pytest.mark.parametrize(
+    ("options", "common", "repeats", "others"),
+    [({}, 10, 6, 1), ({"common": 4, "common_repeats": 30, "uncommon_repeats": 3}, 4, 30, 3)],
+)
+def test_common_words_stand_in_the_list_more_often_than_all_others(
+    options: dict[str, int], common: int, repeats: int, others: int
+) -> None:
+    for tokens in (TOKENS, 4000):
+        dataset = make_dataset("cwe", tokenizer_of(TINY), tokens, 8, **options)
+        for row in dataset:
+            words = words_of(row["prompt"])
+            counts = Counter(words)
+            assert {counts.pop(word) for word in row["answers"]} == {repeats}
+            # The last of the others need not have all of its repeats.
+            assert sorted(counts.values())[1:] == [others] * (len(counts) - 1)
+            assert len(row["answers"]) == common <= len(counts)
+            assert sorted({*row["answers"], *counts}) == row["candidates"]
+            assert [int(n) for n in re.findall(r"(\d+)\. [a-z]", text_of(row["prompt"]))] == list(
+                range(1, len(words) + 1)
+            )
+            # Spread over all of the list, what is common and what is not.
+            half = words[: len(words) // 2]
+            share = sum(half.count(word) for word in row["answers"]) / (common * repeats)
+            assert 0.3 < share < 0.7
+    assert len(counts) > 200
+
+
+@pytest.mark.parametrize("alpha", [1, 1.5, 2.0, 3.3, 4])
+def test_frequent_words_lead_at_every_length(alpha: float) -> None:
+    puzzle = TASKS["fwe"](random.Random(0), "train", alpha=alpha)
+    counts = Counter(puzzle.needles)
+    filler = iter(puzzle.filler)
+    for _ in range(2000):
+        dots, *ranked = counts.most_common()
+        assert len(ranked) >= 6  # or all could be stated
+        assert dots[0] == "..."
+        assert {word for word, _ in ranked[:3]} == set(puzzle.answers)
+        assert ranked[2][1] > ranked[3][1]
+        counts[next(filler)] += 1
+
+
+def test_frequencies_are_zipfs() -> None:
+    """As RULER's: floor(n / rank ** alpha), with dots at rank 1."""
+    (row,) = make_dataset("fwe", tokenizer_of(TINY), 4000, 1)
+    text = text_of(row["prompt"]).split("\n")[1].split(" ")
+    counts = [n for _, n in Counter(text).most_common()]
+    n = counts[0]
+    # Ranks are cut off within one size, so the last of them may be short of a copy.
+    for rank, count in enumerate(counts, 1):
+        assert count in (n // rank**2, n // rank**2 - 1)
+    assert len(counts) in (int(n**0.5), int(n**0.5) - 1)
+    assert len(row["candidates"]) == len(counts) - 1
+    assert text.index("...") < 8  # shuffled, not in the order of arrival
+    assert max(map(len, re.findall(r"(?:\.\.\. ?)+", " ".join(text)))) < 100
 
 
 def test_needles_lie_anywhere_and_the_asked_ones_too() -> None:
@@ -237,30 +353,30 @@ def test_chains_are_interleaved() -> None:
 def test_splits_share_no_word_number_or_variable(task: str) -> None:
     def vocabulary(split: Any, seed: int) -> set[str]:
         dataset = make_dataset(task, tokenizer_of(TINY), TOKENS, 32, split, seed)
-        found = [(needles_of(p), assignments_of(p)) for p in dataset["prompt"]]
-        pairs = [pair for needles, assigned in found for pair in (*needles, *assigned)]
+        if "candidates" in dataset.column_names:
+            return {word for prompt in dataset["prompt"] for word in words_of(prompt)}
+        readers = (needles_of, links_of, assignments_of)
+        pairs = [pair for p in dataset["prompt"] for read in readers for pair in read(p)]
         return {word for pair in pairs for text in pair for word in text.split()}
 
     train, test = vocabulary("train", 0), vocabulary("test", 1)
-    assert len(train) > 100
+    assert len(train) > (60 if task == "niah_single_1" else 100)
     assert not train & test
 
 
 def test_no_word_is_twice_in_the_lists_and_every_code_has_one_split() -> None:
     """So no other seed or length can make the splits meet."""
-    import random
-
     words = [*tasks.ADJECTIVES.split(), *tasks.NOUNS.split()]
     assert len(words) == len(set(words)) == 240
     puzzles = {
         s: TASKS["niah_multikey_1"](random.Random(0), s, keys=3200) for s in ("train", "test")
     }
-    words_of = {
+    keys = {
         split: {w for n in puzzle.needles for w in re.findall(r"for (\w+) (\w+) is", n)[0]}
         for split, puzzle in puzzles.items()
     }
-    assert len(words_of["train"]) == len(words_of["test"]) == 120
-    assert words_of["train"] | words_of["test"] == set(words)
+    assert len(keys["train"]) == len(keys["test"]) == 120
+    assert keys["train"] | keys["test"] == set(words)
     for alphabet in ("0123456789", "ABC"):
         codes = {}
         for split in ("train", "test"):
@@ -291,14 +407,36 @@ def test_an_example_depends_on_task_split_seed_and_index_alone(task: str) -> Non
 
 def test_prompts_stay_what_they_were() -> None:
     """In every process and version: a change here makes recorded results incomparable."""
-    import random
-
     puzzle = TASKS["niah_multikey_2"](random.Random("a b"), "train")
     assert puzzle.answers == ["4546287"]
     assert (
         next(iter(puzzle.filler))
         == "One of the special magic numbers for honest raven is: 7864543."
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        ("niah_single_1", "90939823270334f8"),
+        ("niah_multikey_1", "019cfd8fa9a6d4fb"),
+        ("niah_multikey_2", "48aa270c23eefd22"),
+        ("niah_multivalue", "45a0a5625c026a86"),
+        ("niah_multiquery", "62758a69ab54c98e"),
+        ("niah_multihop", "e31615408dfa7b94"),
+        ("vt", "f04d3c4245241d1f"),
+        ("cwe", "be6fe458b6ce6241"),
+        ("fwe", "4eaf84ca0a230e93"),
+    ],
+)
+def test_examples_stay_what_they_were(task: str, digest: str) -> None:
+    rows = [
+        row
+        for split in ("train", "test")
+        for seed in (0, 7)
+        for row in make_dataset(task, tokenizer_of(PLAIN), TOKENS, 3, split, seed)  # type: ignore[arg-type]
+    ]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == digest
 
 
 def test_text_prompts_end_in_the_first_words_of_the_answer() -> None:
@@ -324,6 +462,12 @@ def test_text_prompts_end_in_the_first_words_of_the_answer() -> None:
     assert re.search(r"What are all the special magic numbers for \w+ \w+ mentioned", several)
     (chains,) = make_dataset("vt", tokenizer, TOKENS, 1)["prompt"]
     assert re.search(r"5 variables are assigned the value (\d{5}), they are:$", chains)
+    (common,) = make_dataset("cwe", tokenizer, TOKENS, 1, common=4)["prompt"]
+    assert common.endswith(
+        "above list? Answer: The top 4 words that appear most often in the list are:"
+    )
+    (frequent,) = make_dataset("fwe", tokenizer, TOKENS, 1)["prompt"]
+    assert frequent.endswith("the three most frequently appeared words are:")
 
 
 @needs_smollm2
@@ -349,7 +493,7 @@ def test_options_set_the_difficulty() -> None:
     ("arguments", "message"),
     [
         ({"task": "niah_multiqeury"}, r"'niah_multiqeury' is unknown: did you mean 'niah_multiqu"),
-        ({"task": "VT"}, r"task='VT' is unknown: did you mean '\w+'\? All: \['niah_multikey_1'"),
+        ({"task": "VT"}, r"task='VT' is unknown: did you mean '\w+'\? All: \['niah_single_1'"),
         ({"split": "training"}, "split='training': give 'train' or 'test'"),
         ({"examples": 0}, "examples=0: give 1 or more"),
         ({"tokens": 20}, r"tokens=20 is too few for niah_multiquery: .* need up to \d{3}"),
@@ -359,6 +503,20 @@ def test_options_set_the_difficulty() -> None:
         ({"values": 0}, "give 1 value or more"),
         ({"task": "vt", "chains": 1}, "chains=1, hops=4: .* 2 chains or more"),
         ({"task": "vt", "hops": -1}, "hops=-1: give 0 hops or more"),
+        ({"task": "niah_single_1", "queries": 2}, "no fewer keys than queries .at most 3200.$"),
+        ({"task": "niah_multivalue", "keys": 1}, "more keys than queries"),
+        ({"task": "niah_multihop", "hops": -1}, "hops=-1: give 0 hops or more"),
+        ({"task": "niah_multihop", "keys": 1067}, r"keys=1067, .* \(at most 1066\)"),
+        ({"task": "cwe", "common": 0}, "common=0, .* give 1 common word or more"),
+        ({"task": "cwe", "common": 1.5}, r"options=\{'common': 1.5\}: cwe does not take them"),
+        (
+            {"task": "cwe", "uncommon_repeats": 6},
+            "common_repeats=6, uncommon_repeats=6: .* more rep",
+        ),
+        ({"task": "cwe", "uncommon_repeats": 0}, "uncommon_repeats=0: .*, 1 or more"),
+        ({"task": "cwe", "tokens": 200}, r"tokens=200 is too few for cwe: .* need up to \d{3}"),
+        ({"task": "fwe", "alpha": 0.9}, "alpha=0.9: give 1 to 4"),
+        ({"task": "fwe", "alpha": 4.1}, "alpha=4.1: give 1 to 4"),
     ],
 )
 def test_what_cannot_be_made_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -367,9 +525,16 @@ def test_what_cannot_be_made_is_refused(arguments: dict[str, Any], message: str)
         make_dataset(tokenizer=tokenizer_of(TINY), **{**usual, **arguments})
 
 
+def test_a_list_that_words_do_not_last_for_is_refused(monkeypatch: Any) -> None:
+    codes = tasks._codes
+    monkeypatch.setattr(tasks, "_codes", lambda *args: itertools.islice(codes(*args), 300))
+    with pytest.raises(ValueError, match=r"tokens=5000 is too many for cwe: its words last for 1"):
+        make_dataset("cwe", tokenizer_of(TINY), 5000, 1)
+
+
 def test_an_option_that_a_task_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"niah_multiquery does not take them .*'hops'"):
-        make_dataset("niah_multiquery", tokenizer_of(TINY), TOKENS, 2, hops=3)
+    with pytest.raises(ValueError, match=r"niah_multiquery does not take them .*'chains'"):
+        make_dataset("niah_multiquery", tokenizer_of(TINY), TOKENS, 2, chains=3)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +588,37 @@ def test_reward(completion: Any, answers: list[str], reward: float) -> None:
     assert recall_reward([completion], [answers]) == [pytest.approx(reward)]
 
 
+@pytest.mark.parametrize(
+    ("completion", "answers", "candidates", "reward"),
+    [
+        ("1. tewome 2. huluve", ["huluve", "tewome"], ["huluve", "sozoko", "tewome"], 1.0),
+        ("Tewome, HULUVE", ["huluve", "tewome"], ["huluve", "tewome"], 1.0),  # as lists have them
+        # Words that are not in the list cost nothing, also of the same length...
+        ("The answer is: tewome; I wonder.", ["tewome"], ["sozoko", "tewome"], 1.0),
+        # ...and others of it do, also of another.
+        ("tewome sozo", ["tewome"], ["sozo", "tewome"], 0.5),
+        ("tewome sozoko sozoko", ["huluve", "tewome"], ["sozoko"], 0.5),  # answers always count
+        ("tewome huluve sozoko rujaga", ["huluve", "tewome"], ["rujaga", "sozoko"], 0.5),
+        ("tewomesozoko", ["tewome"], ["tewome"], 0.0),
+        ("", ["tewome"], [], 0.0),
+        ("abcdef answer", ["abcdef"], None, 0.5),
+    ],
+)  # fmt: skip
+def test_reward_of_words(
+    completion: str, answers: list[str], candidates: list[str] | None, reward: float
+) -> None:
+    assert recall_reward([completion], [answers], [candidates]) == [pytest.approx(reward)]
+
+
+def test_reward_of_tasks_with_and_without_candidates_in_one_batch() -> None:
+    got = recall_reward(
+        ["the answer: tewome", "1234567 answer"],
+        answers=[["tewome"], ["1234567"]],
+        candidates=[["tewome", "sozoko"], None],
+    )
+    assert got == [1.0, 1.0]
+
+
 def test_reward_of_a_batch_as_trl_calls_it() -> None:
     got = recall_reward(
         prompts=["a", "b"], completions=["1 2", "3"], completion_ids=[[1], [2]],
@@ -446,6 +642,11 @@ def test_answers_that_cannot_be_scored_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         recall_reward(completions, answers)
+
+
+def test_candidates_that_cannot_be_scored_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 lists of candidates for 2 completions"):
+        recall_reward(["a", "b"], [["a"], ["b"]], candidates=[["a"]])
 
 
 def test_importing_it_imports_none_of_the_optional_packages() -> None:

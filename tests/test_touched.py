@@ -185,6 +185,36 @@ def test_padding_alone_does_not_train_its_row() -> None:
     assert PAD in rows_of(handle)[EMBED]
 
 
+def test_embeddings_that_are_read_outside_of_the_forward_train() -> None:
+    """As soft prompts and some multimodal models do it."""
+    model, _ = touched()
+    before = params_of(model)
+    ids = token_ids()
+    embeds = model.get_input_embeddings()(ids)
+    model(inputs_embeds=embeds, labels=ids).loss.backward()
+    adam(model).step()
+    assert embedding_rows(model, before) == ids.unique().tolist()
+
+
+def test_position_embeddings_train_the_positions_that_were_read() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wpe, self.out = nn.Embedding(20, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            y: Tensor = self.out(x + self.wpe(torch.arange(x.shape[1])[None]))
+            return y
+
+    model = Positions()
+    longact.apply(model, targets="wpe", rows="touched")
+    before = model.wpe.weight.detach().clone()
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    model(torch.randn(2, 7, 4), attention_mask=mask).sum().backward()
+    adam(model).step()
+    assert changed_rows(before, model.wpe.weight.detach()) == list(range(7))
+
+
 def test_all_tokens_or_none() -> None:
     model, handle = touched()
     optimizer, before = adam(model), params_of(model)

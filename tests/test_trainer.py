@@ -505,6 +505,19 @@ def test_freezing_others_is_refused_with_an_optimizer_from_before(tmp_path: Path
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"torch_compile": True}, "torch_compile=False"), ({"optim": "sgd"}, "optim='adamw_torch'")],
+)
+def test_freezing_others_is_refused_where_rows_cannot_change(
+    arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer("trainer", tmp_path, **arguments)
+    with pytest.raises(ValueError, match=f"others='freeze' with.*{message}"):
+        apply_to_trainer(trainer, others="freeze")
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
 def test_vllm_gets_the_weights_and_nothing_else(tmp_path: Path) -> None:
     """The names and values that TRL's own code for vLLM, which is not here, sends to it."""
     from trl.generation.vllm_generation import VLLMGeneration

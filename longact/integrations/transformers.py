@@ -67,9 +67,9 @@ def apply_to_trainer(
     `LongAct.follow` for what that means.
     """
     _check_trainer(trainer)
-    if arguments.get("others") == "freeze":
-        _check_freeze(trainer)
     cls_and_kwargs = _optimizer_of(trainer, optimizer or {})
+    if arguments.get("others") == "freeze":
+        _check_freeze(trainer, cls_and_kwargs is not None or arguments.get("refresh_every") == 0)
     handle = longact.apply(trainer.model, keep_ratio, **arguments)
     if handle.config.is_compact:
         _hide_rows_from_vllm(trainer)
@@ -218,12 +218,22 @@ def _check_trainer(trainer: Trainer) -> None:
             )
 
 
-def _check_freeze(trainer: Trainer) -> None:
-    """others="freeze" adds parameters to the model, and to what goes through them in pairs."""
+def _check_freeze(trainer: Trainer, rows_can_change: bool) -> None:
+    """others="freeze" adds parameters to the model, whose rows change."""
     if trainer.optimizer is not None:
         raise ValueError(
             f"others='freeze': the trainer was given a {type(trainer.optimizer).__name__}, which "
             "cannot know the parameters that hold the selected rows: leave `optimizers` out"
+        )
+    if not rows_can_change:
+        raise ValueError(
+            f"others='freeze' with optim={str(trainer.args.optim)!r}, whose moments do not follow "
+            "the rows as they change: use optim='adamw_torch', or refresh_every=0"
+        )
+    if trainer.args.torch_compile:
+        raise ValueError(
+            "others='freeze' with torch_compile=True: the first forward selects the rows, which a "
+            "compiled one cannot do; use torch_compile=False, or others='train'"
         )
     if getattr(trainer.args, "sync_ref_model", False):
         raise ValueError(
