@@ -168,6 +168,8 @@ class Selection:
     # Of the two above, for every step of every selection; set once:
     is_compact: bool = field(init=False, default=False)
     is_plain: bool = field(init=False, default=False)
+    # Each of the candidates, how many units of a head are chosen, and how many units a head has.
+    ranking: list[tuple[Candidates, int, int]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         # Whether the parameters that are trained hold the selected rows alone.
@@ -195,7 +197,7 @@ class Selection:
         always = 0 if self.always is None else self.always.numel()
         return always + sum(
             (self.num_units(c) // head) * k * (1 if c.units is None else c.units.shape[1])
-            for c, k, head in _ranking(self)
+            for c, k, head in self.ranking
         )
 
     def num_units(self, candidates: Candidates) -> int:
@@ -373,11 +375,18 @@ class Selection:
             c if c.units is None else replace(c, units=c.units.to(device)) for c in self.candidates
         )
         self.always = None if self.always is None else self.always.to(device)
+        assert self.config is not None
+        # With a scope other than "head" all units are one head.
+        by_head = self.config.scope == "head"
+        heads = [c.head if by_head else self.num_units(c) for c in self.candidates]
+        self.ranking = [
+            (c, self.config.count(n), n) for c, n in zip(self.candidates, heads, strict=True)
+        ]
 
     def _first_rows(self, device: torch.device) -> Tensor:
         """Of each head the first, as many as are selected."""
         chosen = []
-        for c, k, head in _ranking(self):
+        for c, k, head in self.ranking:
             first = torch.arange(0, self.num_units(c), head, dtype=torch.int32, device=device)
             offset = torch.arange(k, dtype=torch.int32, device=device)
             chosen.append((first[:, None] + offset).flatten())
@@ -479,16 +488,6 @@ def get_rows(param: Tensor) -> Tensor | None:
     return None if selection is None else selection.rows
 
 
-def _ranking(selection: Selection) -> list[tuple[Candidates, int, int]]:
-    """Of each of a selection's candidates: how many units of a head are chosen, and how many units
-    a head has. But with scope="head" all of them are one head."""
-    config = selection.config
-    assert config is not None
-    by_head = config.scope == "head"
-    heads = [c.head if by_head else selection.num_units(c) for c in selection.candidates]
-    return [(c, config.count(n), n) for c, n in zip(selection.candidates, heads, strict=True)]
-
-
 class _Totals(NamedTuple):
     """What a selection is chosen from, over all ranks."""
 
@@ -507,9 +506,8 @@ def _choose_from(
     totals, tokens, olds, counts, heads = [], [], [], [], []
     pieces = []  # of each member: as many as it has candidates
     for (selection, total, over), old in zip(members, previous, strict=True):
-        of_one = _ranking(selection)
-        pieces.append(len(of_one))
-        for c, k, head in of_one:
+        pieces.append(len(selection.ranking))
+        for c, k, head in selection.ranking:
             totals.append(c.totals(total, config.metric))
             tokens.append(over)
             olds.append(old if selection.is_plain else None)

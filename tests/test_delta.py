@@ -645,7 +645,7 @@ def test_merging_is_refused_before_anything_is_written(
         ((tmp_path / "other", checkpoint / "delta", output), "of 21 tensors differ from the base"),
         (
             (tmp_path / "absent", checkpoint / "delta", output),
-            "no checkpoint that transformers can",
+            "is no directory",
         ),
         ((tmp_path / "short", checkpoint / "delta", output), "lacks weights of a LlamaForCausalLM"),
     ]:
