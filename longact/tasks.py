@@ -325,7 +325,7 @@ def make_dataset(
 
     Raises:
         ValueError: an unknown task or split; options out of range; `tokens` that what must be said
-        does not fit into, or that a haystack of needles or a list of words cannot fill.
+            does not fit into, or that a haystack of needles or a list of words cannot fill.
         TypeError: an option that the task does not have.
     """
     from datasets import Dataset
@@ -426,7 +426,7 @@ def recall_reward(
 
     Raises:
         ValueError: not one list of answers for each completion, or an empty one, or not one entry
-        of candidates for each.
+            of candidates for each.
     """
     if len(completions) != len(answers):
         raise ValueError(f"{len(answers)} lists of answers for {len(completions)} completions")

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,15 +155,15 @@ def test_a_solver_that_reads_gets_all_and_one_that_states_everything_does_not(
 def test_lengths_vary_up_to_tokens(task: str, kind: str, conversational: bool) -> None:
     tokenizer = tokenizer_of(kind)
     # "cwe" needs much of it for its common words.
-    for tokens in (760,) if task == "cwe" else (700,):
-        dataset = make_dataset(task, tokenizer, tokens, 24, conversational=conversational)
-        lengths = [length_of(tokenizer, prompt) for prompt in dataset["prompt"]]
-        assert max(lengths) <= tokens
-        assert max(lengths) > 0.93 * tokens
-        # A target of 3/4 is missed by less than one sentence or word of filler.
-        assert min(lengths) > 0.75 * tokens - {"niah_multikey_2": 24, "cwe": 10}.get(task, 7)
-        assert len(set(lengths)) > 8
-        assert min(lengths) < 0.85 * tokens
+    tokens = 760 if task == "cwe" else 700
+    dataset = make_dataset(task, tokenizer, tokens, 24, conversational=conversational)
+    lengths = [length_of(tokenizer, prompt) for prompt in dataset["prompt"]]
+    assert max(lengths) <= tokens
+    assert max(lengths) > 0.93 * tokens
+    # A target of 3/4 is missed by less than one sentence or word of filler.
+    assert min(lengths) > 0.75 * tokens - {"niah_multikey_2": 24, "cwe": 10}.get(task, 7)
+    assert len(set(lengths)) > 8
+    assert min(lengths) < 0.85 * tokens
 
 
 def test_a_prompt_is_as_long_as_fits() -> None:
@@ -287,6 +288,9 @@ def test_common_words_stand_in_the_list_more_often_than_all_others(
             share = sum(half.count(word) for word in row["answers"]) / (common * repeats)
             assert 0.3 < share < 0.7
     assert len(counts) > 200
+    # In the shortest list as well.
+    shortest = Counter(TASKS["cwe"](random.Random(0), "train", **options).needles)
+    assert sorted(shortest.values()) == [others] * common + [repeats] * common
 
 
 @pytest.mark.parametrize("alpha", [1, 1.5, 2.0, 3.3, 4])
@@ -647,6 +651,122 @@ def test_answers_that_cannot_be_scored_are_refused(
 def test_candidates_that_cannot_be_scored_are_refused() -> None:
     with pytest.raises(ValueError, match="1 lists of candidates for 2 completions"):
         recall_reward(["a", "b"], [["a"], ["b"]], candidates=[["a"]])
+
+
+@functools.cache
+def harness() -> Any:
+    """RULER's modules in lm-evaluation-harness."""
+    needs = ("lm_eval", "nltk", "wonderwords", "scipy")
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs lm-evaluation-harness with ruler's packages: no {', '.join(missing)}")
+    import nltk
+
+    download = nltk.download
+    nltk.download = lambda *args, **kwargs: False  # of what splits essays, at import
+    try:
+        from lm_eval.tasks.ruler import (
+            common_utils,
+            cwe_utils,
+            fwe_utils,
+            niah_utils,
+            prepare_niah,
+            vt_utils,
+        )
+    finally:
+        nltk.download = download
+    modules = (common_utils, cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils)
+    return SimpleNamespace(**{m.__name__.rpartition(".")[2]: m for m in modules})
+
+
+@all_tasks
+def test_the_reward_is_the_harness_score_but_for_what_is_stated_beside(task: str) -> None:
+    ruler = harness().common_utils
+    dataset = make_dataset(task, tokenizer_of(PLAIN), TOKENS, 4)
+    others = make_dataset(task, tokenizer_of(PLAIN), TOKENS, 4, "test")
+
+    def scores(said: list[str]) -> list[float]:
+        docs = [{"max_length": 4096, "outputs": answers} for answers in dataset["answers"]]
+        pairs = zip(docs, said, strict=True)
+        return [ruler.process_results(doc, [text])["4096"] for doc, text in pairs]
+
+    def reward(said: list[str]) -> list[float]:
+        columns = {name: list(dataset[name]) for name in dataset.column_names[1:]}
+        return recall_reward(said, **columns)
+
+    right = [f" {', '.join(answers)}.\n" for answers in dataset["answers"]]
+    assert reward(right) == scores(right) == [1.0] * 4
+    listed = [
+        "\n".join(f"{place}. **{answer}**" for place, answer in enumerate(answers, 1))
+        for answers in dataset["answers"]
+    ]
+    assert reward(listed) == scores(listed) == [1.0] * 4
+    some = [" ".join(answers[: len(answers) // 2]) for answers in dataset["answers"]]
+    assert reward(some) == scores(some)
+    assert set(scores(some)) == {len(a[: len(a) // 2]) / len(a) for a in dataset["answers"]}
+    wrong = [" ".join(answers) for answers in others["answers"]]
+    assert reward(wrong) == scores(wrong) == [0.0] * 4
+    everything = list(dataset["prompt"])
+    assert scores(everything) == [1.0] * 4
+    assert max(reward(everything)) <= (1 if task == "niah_single_1" else 0.5)
+
+
+def skeleton(text: str) -> str:
+    """The prompt without what is drawn, and with what is repeated said once."""
+    text = re.sub(r"\s+", " ", text).replace("assgined", "assigned")
+    for sentence in tasks.NOISE:
+        text = text.replace(f" {sentence}", "")
+    for pattern, name in [
+        (r"(?<= for )[^.:?]+?(?= (?:is:|mentioned))", "KEY"),
+        (r"\b\d{7}\b", "NUMBER"),
+        (r"\bvalue \d{5}\b", "value NUMBER"),
+        (r"( One of the special magic numbers for KEY is: NUMBER\.)+", " NEEDLES"),
+        (r"( VAR [A-Z]{5} = (VAR [A-Z]{5}|\d{5})\.?)+", " VARS"),
+        (r"( \d+\. [^.:]+?(?= \d+\. | Question:))+", " LIST"),
+        (r"(?<=words\.)( (?:[a-z]{6}|\.\.\.))+(?= Question)", " CODES"),
+    ]:
+        text = re.sub(pattern, name, text)
+    return text.strip()
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe"])
+def test_prompts_are_built_as_the_harness_builds_them(task: str) -> None:
+    """All that it generates without downloads, but for uuids; words and numbers are our own."""
+    ruler, tokenizer = harness(), tokenizer_of(PLAIN)
+    random.seed(0)
+    if task == "vt":
+        # Without its example of another chain; ours has more than one chain, so more variables.
+        text, answers = ruler.vt_utils.generate_input_output(10, num_chains=1, num_hops=4)
+    else:
+        if task == "cwe":
+            (doc,) = ruler.cwe_utils.sys_word_pair_random(1, 900, tokenizer)
+        elif task == "fwe":
+            (doc,) = ruler.fwe_utils.sys_kwext(tokenizer, 900, num_samples=1)
+        else:
+            kind = {"niah_single_1": "repeat", "niah_multikey_2": "needle"}[task]
+            (doc,) = ruler.prepare_niah.generate_samples(
+                ruler.prepare_niah.get_haystack(kind), tokenizer, max_seq_length=900,
+                template=ruler.niah_utils.TEMPLATE, type_haystack=kind, type_needle_k="words",
+                type_needle_v="numbers", num_samples=1,
+            )  # fmt: skip
+        text, answers = f"{doc['input']} {doc['gen_prefix']}", doc["outputs"]
+    row = make_dataset(task, tokenizer, 900, 1)[0]
+    assert skeleton(row["prompt"]) == skeleton(text)
+    assert len(row["answers"]) == len(answers)
+    if task == "cwe":
+        counts = [
+            [
+                n
+                for _, n in Counter(re.findall(r"\d+\. (.+?)(?= \d+\. |\n)", prompt)).most_common(
+                    11
+                )
+            ]
+            for prompt in (row["prompt"], text)
+        ]
+        assert counts[0] == counts[1] == [6] * 10 + [1]
+    if task == "fwe":
+        shares = [prompt.count(" ...") / len(prompt.split()) for prompt in (row["prompt"], text)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.06)
 
 
 def test_importing_it_imports_none_of_the_optional_packages() -> None:
