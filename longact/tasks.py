@@ -324,9 +324,9 @@ def make_dataset(
         `candidates`, for `recall_reward` (all the words of the list).
 
     Raises:
-        ValueError: an unknown task or split; options out of range; `tokens` that what must be said
-            does not fit into, or that a haystack of needles or a list of words cannot fill.
-        TypeError: an option that the task does not have.
+        ValueError: an unknown task or split; options out of range, or that the task does not have;
+            `tokens` that what must be said does not fit into, or that a haystack of needles or a
+            list of words cannot fill.
     """
     from datasets import Dataset
 
