@@ -165,18 +165,6 @@ class Selection:
     holder: weakref.ReferenceType[Any] | None = None
     changed: Tensor | None = None  # bool [channels]: rows that a step of these may have changed
     is_provisional: bool = False  # chosen by the first forward alone
-    # Of the two above, for every step of every selection; set once:
-    is_compact: bool = field(init=False, default=False)
-    is_plain: bool = field(init=False, default=False)
-    # Each of the candidates, how many units of a head are chosen, and how many units a head has.
-    ranking: list[tuple[Candidates, int, int]] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        # Whether the parameters that are trained hold the selected rows alone.
-        self.is_compact = self.config is not None and self.config.is_compact
-        # Whether each of the channels is a candidate by itself.
-        self.is_plain = len(self.candidates) == 1 and self.candidates[0].units is None
-
     captured: int | None = None  # rows that a captured backward reads at each replay
     # Of these rows those in a shard, as a buffer or not; kept, as `rows` are, while they hold.
     on_shard: dict[tuple[Shard, bool], Tensor] = field(default_factory=dict)
@@ -185,6 +173,17 @@ class Selection:
     forward_rows: Tensor | None = None
     union: Tensor | None = None
     spoiled: Tensor | None = None
+
+    # Set once, as every step of every selection asks for them: whether the parameters that are
+    # trained hold the selected rows alone; whether each of the channels is a candidate by itself;
+    # and of each of the candidates, how many units of a head are chosen, and how many it has.
+    is_compact: bool = field(init=False, default=False)
+    is_plain: bool = field(init=False, default=False)
+    ranking: list[tuple[Candidates, int, int]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.is_compact = self.config is not None and self.config.is_compact
+        self.is_plain = len(self.candidates) == 1 and self.candidates[0].units is None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy gets a buffer and a report of its own, and is in no captured graph.
