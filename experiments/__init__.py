@@ -1,0 +1,1 @@
+"""The experiment: do salient rows help? `python -m experiments run`, then `report`."""
