@@ -6,7 +6,6 @@ chooses; `Control` sets them by hand, at the same moments as `refresh_every=1` w
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -152,7 +151,8 @@ def check(
     if activation_share is None:
         return
     options.pop("targets", None)
-    share, keep = statistics.fmean(activation_share), SelectionConfig(**options).keep_ratio
+    # Of the first step: training makes rows larger, so that those of a low magnitude do not stay so.
+    share, keep = activation_share[0], SelectionConfig(**options).keep_ratio
     expected = {
         "salient": share > keep or keep == 1,
         "lowest": share < keep,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -175,5 +176,10 @@ def checkpoint(base: Mapping[str, Any], folder: Path, device: str = "cpu") -> st
         else:
             script = Path(__file__).parents[1] / "examples" / "export_smollm2.py"
             subprocess.run([sys.executable, script, unfinished], check=True)
-        unfinished.rename(path)
+        try:
+            unfinished.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+            shutil.rmtree(unfinished)  # another worker was faster
     return str(path)

@@ -75,11 +75,13 @@ def _stages(config: Mapping[str, Any], records: Mapping[str, Record]) -> Iterato
 
 
 def bases(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The models to start from: one for each seed of the pretraining."""
-    fields = dict(config["bases"])
-    if "model" in fields:
-        return [fields]
-    return [{**fields, "seed": seed} for seed in fields.pop("seeds")]
+    """The models to start from: one for each seed of each pretraining, or one by its name."""
+    given = config["bases"]
+    return [
+        {**{name: value for name, value in fields.items() if name != "seeds"}, **seed}
+        for fields in (given if isinstance(given, list) else [given])
+        for seed in ([{"seed": n} for n in fields["seeds"]] if "seeds" in fields else [{}])
+    ]
 
 
 def tuning(config: Mapping[str, Any], group: Mapping[str, Any]) -> list[Run]:
@@ -107,7 +109,7 @@ def candidates(
             "tune",
             _spec(config, group, method, arm, rate, tune["seed"], split="validation"),
         )
-        for rate in tune["learning_rates"][kind]
+        for rate in tune["learning_rates"][method][kind]
     ]
 
 
