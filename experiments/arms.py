@@ -151,7 +151,7 @@ def check(
     if activation_share is None:
         return
     options.pop("targets", None)
-    # Of the first step: training makes rows larger, so that those of a low magnitude do not stay so.
+    # Of the first step: training makes rows larger, so that the lowest do not stay the lowest.
     share, keep = activation_share[0], SelectionConfig(**options).keep_ratio
     expected = {
         "salient": share > keep or keep == 1,
@@ -172,12 +172,12 @@ class Control(TrainerCallback):  # type: ignore[misc]
 
     def choose(self) -> None:
         """Of each projection, from what was counted since the last time."""
-        state = self._handle.state_dict()
+        counted = self._handle.state_dict()["projections"]
+        rows = {name: self._rows(entry["magnitude"]) for name, entry in counted.items()}
         self._handle.refresh()  # begins to count afresh, and ends a choice that is provisional
-        for entry in state["projections"].values():
-            entry["rows"] = self._rows(entry["magnitude"])
-            entry["magnitude"] = torch.zeros_like(entry["magnitude"])
-            entry["tokens"] = torch.zeros_like(entry["tokens"])
+        state = self._handle.state_dict()
+        for name, entry in state["projections"].items():
+            entry["rows"] = rows[name]
         self._handle.load_state_dict(state)
 
     def _rows(self, magnitude: Tensor) -> Tensor:
