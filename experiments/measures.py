@@ -152,7 +152,7 @@ class Work:
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # until transformers 5.23
         past = 0 if cache is None else int(cache.get_seq_length())
         for what in ("forward", "backward") if torch.is_grad_enabled() else ("forward",):
             self.tokens[what] += ids.numel()
