@@ -151,11 +151,12 @@ def check(
     if activation_share is None:
         return
     options.pop("targets", None)
-    # Of the first step: training makes rows larger, so that the lowest do not stay the lowest.
+    # Of the first step: rows change their rank as they are trained. At random, with one seed, rows
+    # come within a few per cent of `keep`.
     share, keep = activation_share[0], SelectionConfig(**options).keep_ratio
     expected = {
-        "salient": share > keep or keep == 1,
-        "lowest": share < keep,
+        "salient": share > 1.1 * keep or keep == 1,
+        "lowest": share < 0.9 * keep,
         "random": abs(share - keep) < keep / 3,
         "redrawn": abs(share - keep) < keep / 3,
     }

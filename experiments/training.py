@@ -160,7 +160,8 @@ def train(options: Mapping[str, Any], path: str, device: str) -> dict[str, Any]:
     result["after"] = {"accuracy": scores(), "concentration": concentration(after)}
     result["steps"] = trainer.state.global_step
     result["curves"] = _curves(trainer.state.log_history)
-    arms.check(spec.arm, weights, model, rows, result["curves"].get("activation_share"))
+    if result["steps"]:  # none where dynamic sampling found nothing to learn
+        arms.check(spec.arm, weights, model, rows, result["curves"].get("activation_share"))
     result["first_last_overlap"] = (overlap(before, after, "q") + overlap(before, after, "k")) / 2
     result["moved"] = moved(weights, model, before)
     return result
