@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from typing import Any
+
+import torch.distributed as dist
 
 import longact
 from longact import delta_command, doctor, evaluate, inspection
@@ -61,6 +64,11 @@ def train(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         arguments.parser.error(str(error))
     run(config)
+    if dist.is_initialized():
+        # By accelerate. Its threads hold tensors and end with the last trainer that uses them,
+        # which must not be while the interpreter ends.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny_tokenizer()
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    words = [word for word in tokenizer.get_vocab() if not word.startswith("<")]
+    words = sorted(word for word in tokenizer.get_vocab() if not word.startswith("<"))
     (folder / "a<b>.txt").write_text(" ".join((words * 60)[:60]))
     (folder / "b.txt").write_text(" ".join((words[::-1] * 60)[:50]))
     (folder / "logs.jsonl").write_text("\n".join(json.dumps(log(i, 0.5 + i / 10)) for i in (1, 2)))
@@ -330,7 +330,10 @@ def test_the_command_prints_the_table_and_writes_the_numbers(
     assert outcome.json["keep_ratio"] == 0.25
     q = outcome.json["layers"][ATTENTION]["q"]
     magnitude = torch.tensor(q["magnitude"])
-    assert q["rows"] == largest(magnitude, 16)
+    chosen = torch.zeros(len(magnitude), dtype=torch.bool)
+    chosen[q["rows"]] = True
+    assert chosen.sum() == len(q["rows"]) == 16
+    assert magnitude[chosen].min() >= magnitude[~chosen].max()  # equal, as printed, is possible
     assert q["selected_share"] == pytest.approx(
         float(magnitude[q["rows"]].sum() / magnitude.sum()), abs=1e-3
     )

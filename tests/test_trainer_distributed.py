@@ -67,8 +67,10 @@ def main(folder: str, kind: str, resume: str = "") -> None:
     counts = state["longact"]["projections"]
     assert all(entry["tokens"] == 0 for entry in counts.values())  # step 6 refreshed
     torch.save(state, f"{folder}/rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # As a process of torch.multiprocessing ends. While an interpreter ends in its own way, a thread
+    # of gloo that frees a tensor aborts it, now and then (pytorch's pull request 179291).
+    os._exit(0)
