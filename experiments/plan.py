@@ -64,7 +64,7 @@ def plan(config: Mapping[str, Any], records: Mapping[str, Record]) -> list[Run]:
 
 
 def _stages(config: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[list[Run]]:
-    yield [Run("pretrain", "base", base) for base in bases(config)]
+    yield [Run("pretrain", "base", base) for base in bases(config) if "model" not in base]
     groups = config.get("groups", ())
     yield [
         Run("selection", "selection", {"base": base, **config["selection"]})

@@ -28,9 +28,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 from datasets import Dataset
 from helpers import threads
-from models import changed_rows, params_of
+from models import changed_rows, params_of, tiny_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from trainers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from experiments import arms, driver, measures, models, tasks, training
@@ -155,6 +156,8 @@ def test_stages_come_in_order_each_run_once() -> None:
     assert [(run.kind, run.stage, dict(run.spec)) for run in base] == [
         ("pretrain", "base", {"seed": seed, "layers": 2}) for seed in (7, 8)
     ]
+    named = stages({**CONFIG, "bases": {"model": "a/name"}})
+    assert {run.kind for runs in named for run in runs} == {"selection", "train"}
     selection, tuning = tune[:2], tune[2:]
     assert [run.spec["base"]["seed"] for run in selection] == [7, 8]
     assert [(r.spec["method"], r.spec["arm"], r.spec["learning_rate"]) for r in tuning] == [
@@ -768,6 +771,50 @@ def test_a_run_gives_its_metrics_and_the_same_again(
     assert other["curves"] != full["curves"]
 
 
+def test_what_a_model_can_before_is_measured_once(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process, and again where anything is another that it depends on."""
+    measured: list[bool] = []
+
+    def accuracy(*_: Any) -> float:
+        measured.append(torch.is_autocast_enabled("cpu"))
+        return len(measured) / 10
+
+    monkeypatch.setattr(training, "accuracy", accuracy)
+    monkeypatch.setattr(training, "_scores_before", {})
+    task = {"name": "niah_multikey_2", "length": 200}
+    spec = {**SPEC, "evaluations": {"1x": task}, "arm": "full", "steps": 1}
+    found = [training.train({**spec, **more}, tiny, "cpu") for more in ({}, {"seed": 1})]
+    assert [r["before"]["accuracy"]["1x"] for r in found] == [0.1, 0.1]
+    assert [r["after"]["accuracy"]["1x"] for r in found] == [0.2, 0.3]
+    assert not any(measured)
+    for more in ({"bf16": True}, {"split": "validation"}, {"examples": 5}):
+        count = len(measured)
+        training.train({**spec, **more}, tiny, "cpu")
+        assert measured[count:] == [more == {"bf16": True}] * 2
+
+
+def test_the_tasks_of_the_package_are_trained_and_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "recall_reward", by_chance)
+    path, tokenizer = str(tmp_path), tiny_tokenizer()
+    tokenizer.save_pretrained(path)
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(path)
+    task = {"name": "niah_multikey_2", "length": 200}
+    spec = {**SPEC, "method": "grpo", "generations": 4, "arm": "longact", "bf16": True}
+    found = training.train({**spec, "task": task, "evaluations": {"1x": task}}, path, "cpu")
+    assert found["steps"] == STEPS
+    assert found["tokens"]["backward"] > STEPS * spec["prompts"] * 4 * 100
+    given = {
+        (split, seed): training.Task(**task).dataset(tokenizer, 4, split, seed)["prompt"][:]
+        for split in ("train", "validation", "test")
+        for seed in (0, 1)
+    }
+    assert len({text for texts in given.values() for text in texts}) == 4 * len(given)
+
+
 def test_dapo_that_has_nothing_to_learn_ends_early(tiny: str) -> None:
     """No completion is right: as the arm says, if no step was made."""
     found = training.train({**SPEC, "method": "dapo", "arm": "full"}, tiny, "cpu")
@@ -876,10 +923,8 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(
     assert error.count("failed: tune {") == error.count("OSError: no") == 2
     found = [*Store(tmp_path / "store" / "mine.jsonl").records.values()]
     # The stage is finished, and no final run was begun, whose learning rate is not known.
-    assert [(r["stage"], r["spec"].get("learning_rate")) for r in found] == [
-        ("base", None), ("tune", 2e-3), ("tune", 2e-3),
-    ]  # fmt: skip
-    assert [r["spec"].get("base", r["spec"]) for r in found] == [{"model": tiny}] * 3
+    assert [(r["stage"], r["spec"]["learning_rate"]) for r in found] == [("tune", 2e-3)] * 2
+    assert [r["spec"]["base"] for r in found] == [{"model": tiny}] * 2
     assert main(arguments) == 0  # it is tried again
     assert not (tmp_path / "models").exists()
 
