@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longact.architectures import Attention, Heads
 from longact.nn import SalientLinear
+from longact.rows import local_of
 
 __all__ = ["Capture", "check_capture"]
 
@@ -72,9 +73,10 @@ class Capture:
         for name, own in self._heads.items():
             for heads in own:
                 if heads.kind not in self._normed and getattr(self._attention, name) is layer:
-                    rows = heads.rows.to(y.device)
-                    y_heads = y[..., rows.flatten()].view(*y.shape[:-1], *rows.shape)
-                    self._count(layer, heads, y_heads, is_first=heads is own[0])
+                    rows = _rows_here(layer, heads).to(y.device)
+                    columns = rows.flatten() - (0 if layer.shard is None else layer.shard.first)
+                    y_heads = y[..., columns].view(*y.shape[:-1], *rows.shape)
+                    self._count(layer, heads, rows, y_heads, is_first=heads is own[0])
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embeddings = kwargs.get("position_embeddings")
@@ -90,17 +92,34 @@ class Capture:
             layer = getattr(self._attention, name)
             for heads in own:
                 if heads.kind == kind and layer.counted is not None and layer.counted.active:
-                    y = output.detach()
+                    y = local_of(output.detach())  # tensor parallelism's heads of this rank
                     if y.dim() == 4 and self._heads_first:
                         y = y.transpose(1, 2)
-                    y = y.reshape(*y.shape[:2], *heads.rows.shape)
-                    self._count(layer, heads, y, is_first=heads is own[0])
+                    rows = _rows_here(layer, heads)
+                    y = y.reshape(*y.shape[:2], *rows.shape)
+                    self._count(layer, heads, rows, y, is_first=heads is own[0])
 
-    def _count(self, layer: SalientLinear, heads: Heads, y: Tensor, *, is_first: bool) -> None:
-        """`y [batch, tokens, heads, head_dim]`, after its norm. The tokens count once for all heads
-        of a projection."""
+    def _count(
+        self, layer: SalientLinear, heads: Heads, rows: Tensor, y: Tensor, *, is_first: bool
+    ) -> None:
+        """`y [batch, tokens, heads, head_dim]`, after its norm, of `rows [heads, head_dim]`. The
+        tokens count once for all heads of a projection."""
         is_rotated = heads.kind in self._normed and self._norm_after_rope
         if self._rotates and heads.rotated and not is_rotated:
             assert self._rope is not None
             y = self._rope.rotate(y, heads.rotated, self._embeddings)
-        layer.count_channels(y.flatten(-2), heads.rows.flatten(), counts_tokens=is_first)
+        layer.count_channels(y.flatten(-2), rows.flatten(), counts_tokens=is_first)
+
+
+def _rows_here(layer: SalientLinear, heads: Heads) -> Tensor:
+    """`heads.rows` of the heads that tensor parallelism leaves on this rank."""
+    if layer.shard is None:
+        return heads.rows
+    first, channels = layer.shard
+    is_here = (heads.rows >= first) & (heads.rows < first + channels)
+    if bool((is_here.any(1) != is_here.all(1)).any()):
+        raise NotImplementedError(
+            f"{layer.selection.name}: tensor parallelism cuts a head in two, which "
+            "capture='norm' and 'rope' count as a whole: use capture='projection', or fewer ranks"
+        )
+    return heads.rows[is_here.all(1)]

@@ -28,7 +28,8 @@ class Monitor:
 
     and `longact/grad_norm`, the 2-norm of the gradient of these rows over all projections, as the
     optimizer found it (after clipping). `layers=True` adds the rows of each projection, as
-    `longact/rows/<name>`. On several ranks, shares are of this rank's tokens.
+    `longact/rows/<name>`. On several ranks, shares are of this rank's tokens (under tensor
+    parallelism, of the first rank's channels).
 
     Nothing waits for a GPU before `pop()`.
     """

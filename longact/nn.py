@@ -23,7 +23,7 @@ from longact.kernels.channel_magnitude import channel_magnitude
 from longact.kernels.projection import fuses, projections
 from longact.kernels.row_grad import is_for_triton, linear_grads, row_grad, row_sums
 from longact.optim import FusedMaskedAdam
-from longact.rows import is_sharded
+from longact.rows import Shard, is_sharded, shard_of
 from longact.selection import Selection, attach, select_provisionally, selection_of
 
 if TYPE_CHECKING:
@@ -373,6 +373,8 @@ class SalientLinear(_Selecting, nn.Linear):
 
     shared: SharedInput | None = None
     capture: Capture | None = None  # what counts in place of the output
+    # Of the last forward, under tensor parallelism: the channels that this rank has of the output.
+    shard: Shard | None = None
 
     def __init__(
         self,
@@ -424,15 +426,71 @@ class SalientLinear(_Selecting, nn.Linear):
                 "hides them, which leaves no rows to select; use FSDP2 "
                 "(torch.distributed.fsdp.fully_shard), without parametrizations"
             )
-        rows = selection.rows_now(self.weight)
+        if is_sharded(self.weight):
+            return self._forward_in_part(input, counts=counts)
+        if self.shard is not None:
+            self.shard = None
+        return self._forward(
+            input, self.weight, self.bias, selection.rows_now(self.weight), counts=counts
+        )
+
+    def _forward_in_part(self, input: Tensor, *, counts: bool) -> Tensor:
+        """Tensor parallelism: this rank's channels of the output, from its rows of the weight."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+        from torch.distributed.tensor import Shard as Sharded
+
+        weight: Any = self.weight
+        bias: Any = self.bias
+        x: Any = input
+        selection, name = self.selection, self.selection.name or "a SalientLinear"
+        try:
+            shard = shard_of(weight)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{name}.weight {error}") from None
+        if selection.config is not None and selection.config.by_forward:
+            raise NotImplementedError(
+                f"{name}: refresh_every='forward' ranks the channels of each forward, of which "
+                "tensor parallelism leaves a rank some only: use refresh_every=1"
+            )
+        self.shard = shard
+        mesh, splits = weight.device_mesh, [not p.is_replicate() for p in weight.placements]
+        if is_sharded(x):  # else F.linear says what is wrong
+            if not all(p.is_replicate() for p in x.placements):
+                x = x.redistribute(placements=[Replicate()] * mesh.ndim)
+            # Of the input each rank has the gradient through its channels alone.
+            x = x.to_local(grad_placements=[Partial() if s else Replicate() for s in splits])
+            weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+        rows = selection.rows
+        if rows is not None and rows.shape[0] != self.out_features:
+            rows = selection.rows_on(shard, as_buffer=False)
+        else:
+            rows = None
+        y = self._forward(x, weight, bias, rows, counts=counts)
+        shape = torch.Size((*y.shape[:-1], self.out_features))
+        return DTensor.from_local(
+            y,
+            mesh,
+            [Sharded(-1) if s else Replicate() for s in splits],
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def _forward(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        *,
+        counts: bool,
+    ) -> Tensor:
         if not (torch.is_grad_enabled() and self._has_row_grad(rows)):
-            y = F.linear(input, self.weight, self.bias)
+            y = F.linear(input, weight, bias)
             if counts:
                 self._observe(y)
             return y
 
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
         device = input.device.type
         if _knows_autocast(device) and torch.is_autocast_enabled(device):
             # Autocast reaches F.linear but not a custom backward: cast as it would, double
@@ -462,7 +520,7 @@ class SalientLinear(_Selecting, nn.Linear):
     ) -> Tensor:
         if rows is None:
             # Run again by activation checkpointing, which wants the same tensors saved.
-            rows = torch.arange(self.out_features, dtype=torch.int32, device=y.device)
+            rows = torch.arange(y.shape[-1], dtype=torch.int32, device=y.device)
         rows = rows.to(y.device)
         return _RowGradLinear.apply(input, weight, bias, rows, y)  # type: ignore[no-any-return]
 
@@ -470,10 +528,15 @@ class SalientLinear(_Selecting, nn.Linear):
         """Counts an output; returns its rows where each forward has its own."""
         assert self.counted is not None
         assert self.selection.config is not None
-        totals, tokens = self.selection.counters(y.device)
         if self.capture is not None:
             self.capture.project(self, y.detach())
             return None
+        if self.shard is not None:
+            first, channels = self.shard
+            rows = torch.arange(first, first + channels, device=y.device)
+            self.count_channels(y.detach(), rows, counts_tokens=True)
+            return None
+        totals, tokens = self.selection.counters(y.device)
         channel_magnitude(
             y.detach().reshape(-1, y.shape[-1]),
             self.counted.token_mask(y),
@@ -484,12 +547,16 @@ class SalientLinear(_Selecting, nn.Linear):
         return self.selection.take(totals, tokens)
 
     def count_channels(self, y: Tensor, rows: Tensor, *, counts_tokens: bool) -> None:
-        """Counts `y [batch, tokens, channels]` as the magnitudes of some of the rows."""
+        """Counts `y [batch, tokens, channels]` as the magnitudes of some of the rows.
+
+        Ranks of tensor parallelism see the same tokens, which those with the first channels count.
+        """
         assert self.counted is not None
         assert self.selection.config is not None
         metric = self.selection.config.metric
         totals, tokens = self.selection.counters(y.device)
-        counted = tokens if counts_tokens else None
+        is_first = self.shard is None or self.shard.first == 0
+        counted = tokens if counts_tokens and is_first else None
         mask = self.counted.token_mask(y)
         rows = rows.to(y.device)
         own = channel_magnitude(y.reshape(-1, y.shape[-1]), mask, metric, counted=counted)
@@ -504,7 +571,8 @@ class SalientLinear(_Selecting, nn.Linear):
     ) -> tuple[Tensor, Tensor | None]:
         """A counted output, without a gradient, and its rows where each forward has its own."""
         x = input.reshape(-1, input.shape[-1])
-        if self.shared is None or self.capture is not None or not fuses(x, [weight], [bias]):
+        is_whole = self.capture is None and self.shard is None
+        if self.shared is None or not is_whole or not fuses(x, [weight], [bias]):
             y = F.linear(input, weight, bias)
             return y, self._observe(y)
         flat, totals, tokens = self.shared.output(self, input, weight, bias)

@@ -70,7 +70,9 @@ def local_of(tensor: Tensor) -> Tensor:
 def shard_of(param: Any) -> Shard:
     """The rows of a DTensor on this rank, where it is sharded by rows alone.
 
-    That is what FSDP2 makes: `Shard(0)` over one dimension of the mesh, `Replicate()` over others.
+    That is what FSDP2 makes, `Shard(0)` over one dimension of the mesh, `Replicate()` over others;
+    what `ColwiseParallel` makes; and the first of the second, where each rank of tensor parallelism
+    has consecutive rows and FSDP2 shards these once more.
     """
     from torch.distributed import tensor
 
@@ -78,20 +80,27 @@ def shard_of(param: Any) -> Shard:
     sharded = [(i, p) for i, p in enumerate(param.placements) if not p.is_replicate()]
     if not sharded:
         return Shard(0, num_rows)
-    # Tensor parallelism's _StridedShard is a kind of Shard(0), with other rows.
-    by_rows = len(sharded) == 1 and type(sharded[0][1]) is tensor.Shard and sharded[0][1].dim == 0
-    if by_rows:
-        dim = sharded[0][0]
-        chunk = -(-num_rows // mesh.size(dim))  # as torch.chunk has it: the last may be empty
-        first = min(mesh.get_local_rank(dim) * chunk, num_rows)
-        shard = Shard(first, min(chunk, num_rows - first))
+    plain = [i for i, p in sharded if type(p) is tensor.Shard and p.dim == 0]
+    # FSDP2's over tensor parallelism: a shard of the other shards, wherever its dimension stands.
+    strided = [i for i, p in sharded if type(p).__name__ == "_StridedShard" and p.dim == 0]
+    if len(plain) <= 1 and len(strided) <= 1 and len(plain) + len(strided) == len(sharded):
+        shard = Shard(0, num_rows)
+        for dim in (*plain, *strided):
+            shard = _chunk(shard, mesh.get_local_rank(dim), mesh.size(dim))
         if shard.num_rows == local_of(param).shape[0]:
             return shard
     raise NotImplementedError(
         f"is sharded as {[*param.placements]} over a mesh of {[*mesh.shape]}: selected rows are "
         "trained where parameters are sharded by rows alone, as torch.distributed.fsdp.fully_shard "
-        "does by default (no shard_placement_fn, no tensor parallelism)"
+        "does by default (no shard_placement_fn) and ColwiseParallel (not RowwiseParallel)"
     )
+
+
+def _chunk(shard: Shard, index: int, chunks: int) -> Shard:
+    """One of the chunks of a shard, as torch.chunk has it: the last may be empty."""
+    size = -(-shard.num_rows // chunks)
+    start = min(index * size, shard.num_rows)
+    return Shard(shard.first + start, min(size, shard.num_rows - start))
 
 
 def shard_index(param: Any) -> int:

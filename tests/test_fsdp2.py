@@ -7,8 +7,6 @@ numbers of tokens, gradients are added up in another order, and the model comput
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -19,7 +17,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import backward, check_untouched, compare, run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
@@ -37,7 +35,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 import longact
 from longact.rows import Shard as RowShard
@@ -45,37 +43,6 @@ from longact.rows import local_row_buffer, local_rows
 
 STEPS = 20
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "ages")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _imported_once() -> None:
-    """Ranks are forked from a process that has imported everything."""
-    multiprocessing.set_forkserver_preload(
-        [  # not longact: from the working directory it may come without its native module
-            "torch.testing",
-            "torch.distributed.fsdp",
-            "torch.distributed.checkpoint.state_dict",
-            "torch.distributed.tensor.debug",
-            "torch.distributed.tensor.parallel",
-            "transformers.models.llama.modeling_llama",
-            "transformers.models.qwen2.modeling_qwen2",
-        ]
-    )
-
-
-def run_ranks(world: int, worker: Callable[..., None], tmp: Path, *args: Any) -> list[Any]:
-    """`worker(tmp, *args)` on gloo ranks; what each returned."""
-    mp.start_processes(
-        _rank, (world, worker, str(tmp), args), nprocs=world, start_method="forkserver"
-    )
-    return [torch.load(tmp / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-def _rank(rank: int, world: int, worker: Callable[..., Any], tmp: str, args: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=rank, world_size=world)
-    torch.save(worker(Path(tmp), *args), f"{tmp}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -149,7 +116,7 @@ def _train(
             elif not run.same_data and size > 1:
                 parts, share = [slice(2 * rank, 2 * rank + 2)], size  # FSDP2 averages over ranks
             for part in parts:
-                _backward(model, {k: v[part] for k, v in batch.items()}, share / tokens)
+                backward(model, {k: v[part] for k, v in batch.items()}, share / tokens)
         if run.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), run.clip)
         rows_before = handle.rows
@@ -160,16 +127,6 @@ def _train(
         optimizer.zero_grad()
         history.append(_snapshot(model, handle, optimizer, rows_before))
     return history
-
-
-def _backward(model: Any, batch: dict[str, Tensor], scale: Any) -> None:
-    logits = model(**batch).logits
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    loss = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-    )
-    (loss * scale).backward()
 
 
 def _snapshot(model: Any, handle: Any, optimizer: Any, rows_before: Any) -> dict[str, Any]:
@@ -242,40 +199,6 @@ def _alone(tmp: Path, run: Run, world: int, steps: int) -> list[Any]:
     return _train(model, handle, optimizer, run, world, range(steps))
 
 
-def _compare(got: list[Any], expected: list[Any], rtol: float) -> None:
-    assert len(got) == len(expected)
-    for step, (mine, other) in enumerate(zip(got, expected, strict=True)):
-        assert mine.keys() == other.keys()
-        for key in mine:
-            what = f"step {step}: {key}"
-            if key in ("rows", "trained"):
-                for name in other[key]:
-                    a, b = mine[key][name], other[key][name]
-                    assert (a is None) == (b is None), what
-                    assert a is None or torch.equal(a, b), f"{what} of {name}: {a} {b}"
-            elif rtol == 0 or key.endswith("ages"):
-                assert torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(other[key])), what
-            else:
-                torch.testing.assert_close(
-                    mine[key], other[key], rtol=rtol, atol=rtol * 1e-3, msg=what
-                )
-
-
-def _check_untouched(history: list[Any]) -> None:
-    """Rows that a step does not train keep every bit of weight, bias, moments and age."""
-    checked = 0
-    for before, after in itertools.pairwise(history):
-        for name, rows in after["trained"].items():
-            untouched = torch.ones(after[f"{name}.weight"].shape[0], dtype=torch.bool)
-            untouched[rows.long()] = False
-            for key in after:
-                if key.startswith(name + ".") and after[key].shape[0] != 0:
-                    assert torch.equal(before[key][untouched], after[key][untouched]), key
-                    touched = not torch.equal(before[key][~untouched], after[key][~untouched])
-                    checked += touched
-    assert checked > len(history)
-
-
 EXACT = {
     "apply first": Run(),
     "shard first": Run(apply_first=False),
@@ -311,9 +234,9 @@ def _slow_but(first: str, names: Iterable[str]) -> list[Any]:
 def test_ranks_with_the_same_data_are_one_process(name: str, tmp_path: Path) -> None:
     run = EXACT[name]
     history = _whole(run_ranks(2, _sharded, tmp_path, run, STEPS))
-    _compare(history, _single(run, 2, STEPS), rtol=0)
+    compare(history, _single(run, 2, STEPS), rtol=0)
     if run.adam.get("inactive") != "zero_grad" and run.adam.get("state") != "compact":
-        _check_untouched(history)
+        check_untouched(history)
 
 
 NARROW = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 2}
@@ -334,9 +257,9 @@ def test_ranks_with_different_tokens_are_one_process(name: str, world: int, tmp_
     """Uneven shards (6 rows), empty ones (2 rows, on 4 ranks), and ranks that count nothing."""
     run = replace(DIFFERENT[name], same_data=False, dtype=torch.float64, config=NARROW)
     history = _whole(run_ranks(world, _sharded, tmp_path, run, STEPS))
-    _compare(history, _single(run, world, STEPS), rtol=1e-7)
+    compare(history, _single(run, world, STEPS), rtol=1e-7)
     if run.adam.get("state") != "compact":
-        _check_untouched(history)
+        check_untouched(history)
 
 
 @pytest.mark.slow
@@ -347,8 +270,8 @@ def test_mixed_precision(option: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     history = _whole(run_ranks(2, _sharded, tmp_path, run, STEPS))
     assert history[-1][f"{models.Q0}.weight"].dtype == torch.float32
-    _compare(history, _whole(run_ranks(1, _sharded, tmp_path / "one", run, STEPS)), rtol=0)
-    _check_untouched(history)
+    compare(history, _whole(run_ranks(1, _sharded, tmp_path / "one", run, STEPS)), rtol=0)
+    check_untouched(history)
 
 
 def _rounded(tmp: Path, replicas: int) -> dict[str, Tensor]:
@@ -382,8 +305,8 @@ def test_replicas_of_shards(tmp_path: Path) -> None:
     """HSDP: a mesh of two replicas of two shards each."""
     histories = run_ranks(4, _rounded, tmp_path, True)
     whole = _whole(histories[:2])
-    _compare(whole, _whole(histories[2:]), rtol=0)
-    _check_untouched(whole)
+    compare(whole, _whole(histories[2:]), rtol=0)
+    check_untouched(whole)
 
 
 def _resumed(tmp: Path, run: Run) -> list[Any]:
@@ -433,11 +356,11 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit(
     run = Run(apply={"refresh_every": refresh_every}, adam={"state": state})
     history = _whole(run_ranks(2, _resumed, tmp_path, run))
     expected = _single(run, 2, 6)
-    _compare(history, expected, rtol=0)
+    compare(history, expected, rtol=0)
 
     (tmp_path / "one").mkdir()
     (resumed,) = run_ranks(1, _resumed_by_one, tmp_path / "one", run)
-    _compare(resumed, expected[3:], rtol=0)
+    compare(resumed, expected[3:], rtol=0)
 
 
 def _resumed_by_one(tmp: Path, run: Run) -> list[Any]:
@@ -484,7 +407,7 @@ def test_a_checkpoint_of_one_process_is_sharded_as_it_is_loaded(state: str, tmp_
     run_ranks(1, _saved_by_one, tmp_path / "one")
     run = Run(adam={"state": state})
     history = _whole(run_ranks(2, _from_whole, tmp_path, run))
-    _compare(history, _single(run, 2, 4)[2:] if state == "full" else history, rtol=0)
+    compare(history, _single(run, 2, 4)[2:] if state == "full" else history, rtol=0)
 
 
 def _refused(call: Callable[[], Any]) -> str:
@@ -530,10 +453,10 @@ def _refusals(tmp: Path) -> dict[str, str]:
         assert torch.equal(param.full_tensor(), old)
     assert not optimizer.state
 
-    # Tensor parallel, which shards rows too.
+    # Columns over the ranks of tensor parallelism, rows over those of FSDP2.
     layer = nn.Linear(6, 8)
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    parallelize_module(layer, mesh["tp"], ColwiseParallel())
+    parallelize_module(layer, mesh["tp"], RowwiseParallel())
     fully_shard(layer, mesh=mesh["dp"])
     optimizer = longact.FusedMaskedAdam(layer.parameters())
     longact.set_rows(layer.weight, [0])
@@ -721,7 +644,7 @@ def _accelerated(tmp: Path, ram: bool, checkpointing: bool) -> list[Any]:
     history = []
     for step in range(4):
         batch = _batch(run, step, 0, 2)
-        _backward(model, batch, 1 / batch["attention_mask"][:, 1:].sum())
+        backward(model, batch, 1 / batch["attention_mask"][:, 1:].sum())
         accelerator.clip_grad_norm_(model.parameters(), 0.5)
         rows_before = handle.rows
         prepared.step()
@@ -739,8 +662,8 @@ def test_accelerate_prepares_model_and_optimizer(
     pytest.importorskip("accelerate")
     history = _whole(run_ranks(2, _accelerated, tmp_path, ram, checkpointing))
     # Norms of shards are added up in another order.
-    _compare(history, _single(Run(clip=0.5), 2, 4), rtol=1e-4)
-    _check_untouched(history)
+    compare(history, _single(Run(clip=0.5), 2, 4), rtol=1e-4)
+    check_untouched(history)
 
 
 @pytest.mark.parametrize("shard", [(0, 3), (3, 3), (6, 1), (7, 0), (0, 7)])

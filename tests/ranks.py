@@ -1,0 +1,89 @@
+"""Real processes (gloo) for tests: they start, and what they found is compared."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+#: Ranks are forked from a process that has imported these; not longact, which may come without its
+#: native module from the working directory.
+PRELOAD = [
+    "torch.testing",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+]
+TIMEOUT = datetime.timedelta(seconds=120)  # of a collective: nothing hangs
+
+
+def run_ranks(world: int, worker: Callable[..., Any], tmp: Path, *args: Any) -> list[Any]:
+    """`worker(tmp, *args)` on gloo ranks; what each returned."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    mp.start_processes(
+        _rank, (world, worker, str(tmp), args), nprocs=world, start_method="forkserver"
+    )
+    return [torch.load(tmp / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, worker: Callable[..., Any], tmp: str, args: Any) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{tmp}/store"
+    dist.init_process_group("gloo", store, TIMEOUT, rank=rank, world_size=world)
+    torch.save(worker(Path(tmp), *args), f"{tmp}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def backward(model: Any, batch: dict[str, Tensor], scale: Any) -> None:
+    logits = model(**batch).logits
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    (loss * scale).backward()
+
+
+def compare(got: list[Any], expected: list[Any], rtol: float) -> None:
+    assert len(got) == len(expected)
+    for step, (mine, other) in enumerate(zip(got, expected, strict=True)):
+        assert mine.keys() == other.keys()
+        for key in mine:
+            what = f"step {step}: {key}"
+            if key in ("rows", "trained"):
+                for name in other[key]:
+                    a, b = mine[key][name], other[key][name]
+                    assert (a is None) == (b is None), what
+                    assert a is None or torch.equal(a, b), f"{what} of {name}: {a} {b}"
+            elif rtol == 0 or key.endswith("ages"):
+                assert torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(other[key])), what
+            else:
+                torch.testing.assert_close(
+                    mine[key], other[key], rtol=rtol, atol=rtol * 1e-3, msg=what
+                )
+
+
+def check_untouched(history: list[Any]) -> None:
+    """Rows that a step does not train keep every bit of weight, bias, moments and age."""
+    checked = 0
+    for before, after in itertools.pairwise(history):
+        for name, rows in after["trained"].items():
+            untouched = torch.ones(after[f"{name}.weight"].shape[0], dtype=torch.bool)
+            untouched[rows.long()] = False
+            for key in after:
+                if key.startswith(name + ".") and after[key].shape[0] != 0:
+                    assert torch.equal(before[key][untouched], after[key][untouched]), key
+                    touched = not torch.equal(before[key][~untouched], after[key][~untouched])
+                    checked += touched
+    assert checked > len(history)
