@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 import longact
-from longact import delta_command, doctor, evaluate, inspection
+from longact import delta_command, doctor, evaluate, inspection, plan
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.set_defaults(run=print_backends)
     commands = parser.add_subparsers(dest="command", metavar="command")
     add_train_command(commands)
-    for module in (delta_command, evaluate, inspection, doctor):
+    for module in (delta_command, evaluate, inspection, plan, doctor):
         module.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longact.backends import is_capturing
+from longact.collectives import Plan, check_same, is_alone, over_ranks
 from longact.kernels.topk_rows import (
     CHOSEN,
     NOT_FINITE,
@@ -165,6 +166,7 @@ class Selection:
     holder: weakref.ReferenceType[Any] | None = None
     changed: Tensor | None = None  # bool [channels]: rows that a step of these may have changed
     is_provisional: bool = False  # chosen by the first forward alone
+    is_agreed: bool = False  # the other ranks are known to select from the same
     captured: int | None = None  # rows that a captured backward reads at each replay
     # Of these rows those in a shard, as a buffer or not; kept, as `rows` are, while they hold.
     on_shard: dict[tuple[Shard, bool], Tensor] = field(default_factory=dict)
@@ -682,11 +684,12 @@ def _report(selections: Sequence[Selection], status: Tensor) -> None:
 
 
 def _over_all_ranks(selections: list[Selection]) -> list[_Totals]:
+    _check_ranks(selections)
     totals: dict[int, tuple[Tensor, Tensor]] = {}
     for is_max in (False, True):
         mine = [s for s in selections if (s.config and s.config.metric == "max_abs") == is_max]
         tensors = [t for s in mine for t in (s.magnitude, s.tokens) if t is not None]
-        flat = iter(_over_ranks(tensors, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM))
+        flat = iter(over_ranks(tensors, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM))
         totals |= {id(s): (next(flat), next(flat)) for s in mine}
     return [_Totals(s, *totals[id(s)]) for s in selections]
 
@@ -695,7 +698,7 @@ def gather_counts(selections: Iterable[Selection]) -> None:
     """Moves the totals and tokens of all ranks to rank 0."""
     counting = [s for s in selections if s.magnitude is not None and s.tokens is not None]
     gathered = _over_all_ranks(counting)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return
     if dist.get_rank() != 0:
         _forget(counting)
@@ -707,18 +710,19 @@ def gather_counts(selections: Iterable[Selection]) -> None:
         selection.tokens.copy_(tokens)
 
 
-def _over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
-    """Each tensor's sum or maximum over the data-parallel ranks, all in one collective."""
-    if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensors
-    device = tensors[0].device
-    # fp64 holds fp32 totals, token counts and flags exactly.
-    flat = torch.cat([t.to(device, torch.float64).flatten() for t in tensors])
-    # A maximum over ranks may lose a NaN on the way, but not an inf.
-    flat = torch.where(flat.isnan(), torch.inf, flat)
-    dist.all_reduce(flat, op)
-    pieces = torch.split(flat, [t.numel() for t in tensors])
-    return [p.view(t.shape).to(t.device, t.dtype) for p, t in zip(pieces, tensors, strict=True)]
+def _check_ranks(selections: Sequence[Selection]) -> None:
+    """Once for each selection, with the first collective that it is in."""
+    if is_alone() or all(selection.is_agreed for selection in selections):
+        return
+    check_same(
+        Plan(
+            [selection.name for selection in selections],
+            [0 if s.union is None else s.union.numel() for s in selections],
+            [asdict(s.config) for s in selections if s.config is not None],
+        )
+    )
+    for selection in selections:
+        selection.is_agreed = True
 
 
 def _warn_if(selection: Selection, code: int) -> None:
@@ -795,9 +799,10 @@ def _choose_unions(selections: list[Selection]) -> None:
     """What the forwards selected, or touched, is what the step updates."""
     if not selections:
         return
+    _check_ranks(selections)
     mine = [s.union for s in selections if s.union is not None]
     spoiled = [s.spoiled.view(1) for s in selections if s.spoiled is not None]
-    unions = _over_ranks(mine, dist.ReduceOp.MAX)
+    unions = over_ranks(mine, dist.ReduceOp.MAX)
     sizes = [union.numel() for union in unions]
     # There and back once, for all of them.
     device = unions[0].device

@@ -1419,7 +1419,7 @@ def test_ranks_add_up_sums_and_take_the_largest_maximum(monkeypatch: pytest.Monk
         seen.append((op, [t.data_ptr() for t in tensors]))
         return tensors
 
-    monkeypatch.setattr(longact.selection, "_over_ranks", over_ranks)
+    monkeypatch.setattr(longact.selection, "over_ranks", over_ranks)
     by_metric = {metric: counting(metric=metric) for metric in METRICS}
     longact.selection.refresh(by_metric.values())
     places = {m: [s.magnitude.data_ptr(), s.tokens.data_ptr()] for m, s in by_metric.items()}
