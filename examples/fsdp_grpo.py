@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm, trange
@@ -123,9 +124,9 @@ class Run:
         ended = (said == self.tokenizer.eos_token_id).cumsum(1)
         counts = (ended - (said == self.tokenizer.eos_token_id).long() == 0).float()
         mask = torch.cat([inputs["attention_mask"].repeat_interleave(group, 0), counts.long()], 1)
-        for part in torch.arange(len(ids)).split(self.args.micro_batch):
-            is_last = int(part[-1]) == len(ids) - 1
-            self.model.set_requires_gradient_sync(is_last)
+        for begin in range(0, len(ids), self.args.micro_batch):
+            part = slice(begin, begin + self.args.micro_batch)
+            self.model.set_requires_gradient_sync(part.stop >= len(ids))
             logits = self.model(input_ids=ids[part], attention_mask=mask[part]).logits
             log_p = logits[:, width - 1 : -1].float().log_softmax(-1)
             log_p = log_p.gather(2, said[part].unsqueeze(2)).squeeze(2)
@@ -146,7 +147,7 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
         dist.barrier()
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=part)
+        save({"model": model, "optimizer": optimizer}, checkpoint_id=part)
         self.handle.gather_counts()
         if dist.get_rank() == 0:
             torch.save(self.handle.state_dict(), part / "longact.pt")
@@ -161,7 +162,7 @@ class Run:
         if not (found := checkpoints(self.args.output)):
             return 0
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=found[-1])
+        load({"model": model, "optimizer": optimizer}, checkpoint_id=found[-1])
         set_state_dict(
             self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer
         )

@@ -38,11 +38,16 @@ def run_ranks(world: int, worker: Callable[..., Any], tmp: Path, *args: Any) -> 
 
 
 def _rank(rank: int, world: int, worker: Callable[..., Any], tmp: str, args: Any) -> None:
+    join(rank, world, tmp)
+    torch.save(worker(Path(tmp), *args), f"{tmp}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def join(rank: int, world: int, tmp: str) -> None:
+    """This process becomes a rank; all meet in a file of the folder."""
     torch.set_num_threads(1)
     store = f"file://{tmp}/store"
     dist.init_process_group("gloo", store, TIMEOUT, rank=rank, world_size=world)
-    torch.save(worker(Path(tmp), *args), f"{tmp}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def backward(model: Any, batch: dict[str, Tensor], scale: Any) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import snippet
+from ranks import join
 from torch import Tensor
 
 import longact
@@ -384,8 +385,7 @@ def test_accelerates_loop_is_the_plain_one_and_resumes_bit_for_bit(tmp_path: Pat
 def _ddp_rank(rank: int, tmp: str) -> None:
     import accelerate
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=rank, world_size=2)
+    join(rank, 2, tmp)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = models.tiny_model("llama")

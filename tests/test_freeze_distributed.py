@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import assert_same_tree, one_thread
+from ranks import join
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -46,8 +47,7 @@ def snapshot(model: Any, handle: longact.LongAct, optimizer: Any) -> Any:
 
 
 def rank_main(rank: int, tmp: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=rank, world_size=2)
+    join(rank, 2, tmp)
     results = {}
     for kind in KINDS:
         model, handle, optimizer = make(kind)
@@ -125,7 +125,7 @@ def test_gradient_buckets_hold_the_rows_alone(ranks: list[Any]) -> None:
 
 
 def apply_too_late(rank: int, tmp: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=rank, world_size=2)
+    join(rank, 2, tmp)
     ddp = DistributedDataParallel(models.tiny_model())
     longact.apply(ddp.module, others="freeze")
     with pytest.raises(RuntimeError, match="apply first, then wrap"):

@@ -27,6 +27,7 @@ from models import (
     token_ids,
     train_step,
 )
+from ranks import join
 from test_apply import refused, snapshot
 from test_selection import padded
 from torch import Tensor, nn
@@ -501,8 +502,7 @@ def rank_ids(rank: int, step: int) -> Tensor:
 
 
 def _rank(rank: int, tmp: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+    join(rank, 2, tmp)
     torch.manual_seed(0)
     model = models.tiny_model()
     handle = longact.apply(model, rows="touched")

@@ -184,6 +184,7 @@ def test_two_processes_stay_replicas_and_resume(base: Path, tmp_path: Path) -> N
         "dynamic_sampling_reward": "parity",
         "max_steps": 5,
         "ddp_backend": "gloo",
+        "ddp_timeout": 120,
         "per_device_train_batch_size": 2,
     }
     ranks = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]

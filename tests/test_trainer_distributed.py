@@ -58,6 +58,7 @@ def main(folder: str, kind: str, resume: str = "") -> None:
         model=tiny_model(seed=1 if resume else 0),
         per_device_train_batch_size=2,  # groups of 4 completions straddle the ranks
         ddp_backend="gloo",
+        ddp_timeout=120,
         save_strategy="steps",
         save_steps=3,
     )

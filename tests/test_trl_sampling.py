@@ -923,7 +923,9 @@ def _rank(rank: int, folder: str, port: int) -> None:
     )  # fmt: skip
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
-    common: dict[str, Any] = {"dynamic_sampling": True, "ddp_find_unused_parameters": False}
+    common: dict[str, Any] = {
+        "dynamic_sampling": True, "ddp_find_unused_parameters": False, "ddp_timeout": 120,
+    }  # fmt: skip
     result: dict[str, Any] = {}
 
     def keep(name: str, trainer: Any) -> None:

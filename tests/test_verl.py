@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import snippet
+from ranks import join
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -465,8 +466,7 @@ def test_offloading_changes_nothing(model_path: str, options: dict[str, bool]) -
 
 
 def _rank(rank: int, tmp: str, world: int, worker: Callable[[Path, int], Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{tmp}/store", rank=rank, world_size=world)
+    join(rank, world, tmp)
     torch.save(worker(Path(tmp), rank), f"{tmp}/rank{rank}.pt")
     dist.destroy_process_group()
 
