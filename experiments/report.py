@@ -402,6 +402,7 @@ def page(records: Iterable[Record], says: Mapping[str, str]) -> str:
         _picture(main, "rewards"),
         *(_method(main, method, families) for method in main.methods),
         _others(main, families),
+        _same_rate(Store(records, "same_rate", says)),
         ["## Where the magnitude is"],
         _concentration(main),
         _picture(main, "concentration"),
@@ -757,6 +758,37 @@ def _others(store: Store, families: Mapping[str, Family]) -> list[str]:
                 method,
                 [(arm, _variant_of(arm)) for arm in others],
             ),
+        ]
+    return lines
+
+
+def _same_rate(store: Store) -> list[str]:
+    """The main arms where the learning rate is no difference between them."""
+    if not store.runs:
+        return []
+    pairs = [
+        pair for other in REFERENCES if other in store.arms for pair in _against(store.arms, other)
+    ]
+    lines = [
+        "## At the same learning rate",
+        "",
+        *_code(f"python -m experiments run --config {store.config}"),
+        "",
+        *_prose(
+            "Tuning has one run at each rate, and may give an arm another rate than the others by "
+            "a prompt or two of the validation. Here all have one. This was added after the "
+            "results above were seen: no claim is judged by it."
+        ),
+    ]
+    for method in store.methods:
+        family = _family(
+            store, [Comparison(*pair, method, at) for pair in pairs for at in store.evaluations]
+        )
+        lines += [
+            "",
+            *_arms_table(store, method, store.arms),
+            "",
+            *_differences(store, family, method, pairs),
         ]
     return lines
 

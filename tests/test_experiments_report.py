@@ -629,6 +629,46 @@ def test_smollm2_is_told_run_by_run() -> None:
     assert float(gain) == pytest.approx(0.3 / 0.002)
 
 
+def test_arms_at_the_same_rate_have_tables_of_their_own() -> None:
+    """And change nothing of the others."""
+    main = store({"full": 0.0, "longact": 0.1}, methods=["grpo"], seeds=3)
+    same = [
+        {**trained("grpo", arm, seed, benefit, lr=7e-4), "config": "same_rate"}
+        for arm, benefit in {"full": 0.0, "random": 0.1, "longact": 0.3}.items()
+        for seed in range(3)
+    ]
+    text, before = page([*main, *same], SAYS), page(main, SAYS)
+    section = text[text.index("## At the same learning rate") :]
+    assert text.replace(section[: section.index("\n## ")] + "\n", "") == before
+    assert cells(section, "longact")[1:3] == ["0.0007", "3"]
+    for row, expected in (("longact - full", 0.3), ("longact - random", 0.2)):
+        found = float(cells(section, row)[1].split()[0])
+        assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_what_makes_channels_large_is_told_model_by_model() -> None:
+    """Of variants, by what differs between them."""
+    found = []
+    for layers, share in ((2, 0.4), (8, 0.6)):
+        for seed in range(3):
+            one = pretrained(seed)
+            one["config"] = "emergence"
+            one["spec"]["layers"] = layers
+            one["metrics"]["concentration"]["k"] = {"top_share": share, "largest_over_median": 3.5}
+            one["metrics"]["accuracy"] = {"32 words, 0 hops": 1.0, "640 words, 0 hops": share / 2}
+            found.append(one)
+    text = page(found, SAYS)
+    section = text[text.index("--config emergence") :]
+    head = cells(section, "model")
+    for layers, share in ((2, "0.400"), (8, "0.600")):
+        row = dict(zip(head, cells(section, f"layers {layers}"), strict=True))
+        assert row["share k"].startswith(f"{share} [")
+        assert row["ratio k"].startswith("3.5 [")
+        assert row["accuracy"].startswith(f"{float(share) / 2:.3f} [")
+        assert row["n"] == "3"
+    assert "--config emergence" not in page(found[:3], SAYS)  # one model is no comparison
+
+
 def test_records_as_the_driver_writes_them() -> None:
     """With fields of their specifications left out, and CPU time in place of threads."""
     records = store({"full": 0.0, "longact": 0.1}, methods=["grpo"], seeds=2)
