@@ -71,7 +71,8 @@ def _stages(config: Mapping[str, Any], records: Mapping[str, Record]) -> Iterato
         for base in bases(config)
         if "selection" in config
     ] + [run for group in groups for run in tuning(config, group)]
-    yield [run for group in groups for run in final(config, group, records)]
+    runs = [run for group in groups for run in final(config, group, records)]
+    yield sorted(runs, key=lambda run: run.spec["seed"])  # cut short, a store has all arms alike
 
 
 def bases(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -116,7 +117,7 @@ def candidates(
 def final(
     config: Mapping[str, Any], group: Mapping[str, Any], records: Mapping[str, Record]
 ) -> list[Run]:
-    """Every seed of each arm, at the arm's learning rate; a store cut short has all arms alike."""
+    """Every seed of each arm, at the arm's learning rate."""
     return [
         Run("train", "final", _spec(config, group, method, arm, rate, seed, split="test"))
         for seed in group["seeds"]

@@ -166,7 +166,7 @@ def test_stages_come_in_order_each_run_once() -> None:
         *itertools.product(["grpo"], ["full", "longact"], [3e-3, 1e-3]),
         *itertools.product(["grpo"], ["sparse", "sparse random"], [2e-2]),
     ]
-    # By seeds first: a store cut short has all arms alike.
+    # By seeds first, over all groups: a store cut short has all arms alike.
     cells = [(run.spec["seed"], run.spec["method"], run.spec["arm"]) for run in final]
     assert cells == [*itertools.product(range(3), ("sft", "grpo"), GROUP["arms"])]
     assert {(run.kind, run.stage, run.spec.get("split")) for run in [*tune, *final]} == {
