@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import code_after
+from helpers import code_after, threads
 from ranks import backward, check_untouched, compare, run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -77,7 +76,7 @@ def batch(step: int, micro: int, world: int) -> dict[str, Tensor]:
 def train(run: Run, world: int, steps: int) -> tuple[list[Any], RowHookState]:
     """What each step left behind: of one process that sees everything, or of a rank."""
     model, handle, optimizer = make(run)
-    is_rank = dist.get_world_size() > 1
+    is_rank = dist.is_initialized()
     state = RowHookState()
     trained = model
     if is_rank and run.hook:
@@ -125,10 +124,10 @@ def train_in(tmp: Path, run: Run, world: int, steps: int) -> tuple[list[Any], Ro
     return history, RowHookState(None, state.bytes, state.dense_bytes)
 
 
-def single(run: Run, world: int) -> list[Any]:
-    with tempfile.TemporaryDirectory() as tmp:
-        history: list[Any] = run_ranks(1, train_in, Path(tmp), run, world, STEPS)[0][0]
-    return history
+def single(name: str, world: int) -> list[Any]:
+    """Of one process, which sees the data of all ranks."""
+    with threads(1):
+        return train(RUNS[name], world, STEPS)[0]
 
 
 RUNS = {
@@ -160,7 +159,7 @@ def test_ddp_ranks_are_one_process(name: str, world: int, tmp_path: Path) -> Non
     found = run_ranks(world, train_in, tmp_path, run, world, STEPS)
     for history, _ in found[1:]:
         compare(history, found[0][0], rtol=0)
-    compare(found[0][0], single(run, world), rtol=1e-7)
+    compare(found[0][0], single(name, world), rtol=1e-7)
     if not run.adam:
         check_untouched(found[0][0])
 

@@ -5,7 +5,6 @@ Two or four gloo processes and fp64, as partial sums are added up in another ord
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import threads
 from ranks import backward, check_untouched, compare, run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
@@ -100,7 +100,7 @@ def batch(run: Run, step: int, micro: int) -> dict[str, Tensor]:
 
 def train(model: Any, handle: Any, optimizer: Any, run: Run, steps: range) -> list[Any]:
     history = []
-    is_parallel = dist.get_world_size() > 1
+    is_parallel = dist.is_initialized() and dist.get_world_size() > 1
     for step in steps:
         for micro in range(run.micro_batches):
             inputs = batch(run, step, micro)
@@ -124,7 +124,7 @@ def train(model: Any, handle: Any, optimizer: Any, run: Run, steps: range) -> li
 def counted(handle: Any) -> Tensor:
     """Tokens of each projection, of all ranks."""
     found = torch.stack([layer.selection.tokens for layer in handle.projections.values()])
-    if dist.get_world_size() > 1:
+    if dist.is_initialized():
         dist.all_reduce(found)
     return found.double()
 
@@ -165,14 +165,9 @@ def in_parallel(tmp: Path, run: Run) -> list[Any]:
     return train(*make(run, parallel=True), run, range(STEPS))
 
 
-def alone(tmp: Path, run: Run, steps: int = STEPS) -> list[Any]:
-    return train(*make(run, parallel=False), run, range(steps))
-
-
 def single(run: Run, steps: int = STEPS) -> list[Any]:
-    with tempfile.TemporaryDirectory() as tmp:
-        history: list[Any] = run_ranks(1, alone, Path(tmp), run, steps)[0]
-    return history
+    with threads(1):
+        return train(*make(run, parallel=False), run, range(steps))
 
 
 RUNS = {
