@@ -68,6 +68,7 @@ def measured(tmp: Path, name: str) -> tuple[Estimate, Estimate]:
         handle = longact.apply(model, keep, others=apply.get("others", "train"))
     said = estimate(model, setup, handle)
     trained: Any = model
+    hook = RowHookState()
     if setup.engine == "fsdp":
         policy = MixedPrecisionPolicy(setup.compute_dtype, setup.reduce_dtype)
         reshard = setup.reshard_after_forward
@@ -81,7 +82,7 @@ def measured(tmp: Path, name: str) -> tuple[Estimate, Estimate]:
     else:
         trained = DistributedDataParallel(model, broadcast_buffers=False)
         if setup.row_hook:
-            trained.register_comm_hook(RowHookState(), allreduce_rows)
+            trained.register_comm_hook(hook, allreduce_rows)
     optimizer = models.adam(
         model,
         state=setup.state,
@@ -91,12 +92,15 @@ def measured(tmp: Path, name: str) -> tuple[Estimate, Estimate]:
     changes = ChangedRows(model, optimizer)
     for step in range(3):  # the second has the ranks agree on DDP's buckets
         list(changes.pop())
+        hook.bytes = 0
         with Wire() as wire:
             models.forward_backward(trained, models.token_ids(seed=step + dist.get_rank()))
             optimizer.step()
         grads = [local_of(p.grad).nbytes for p in model.parameters() if p.grad is not None]
         optimizer.zero_grad()
     assert tuple(wire.bytes) == COMMUNICATION, wire.bytes  # and no other collective
+    if setup.row_hook:
+        assert hook.bytes == wire.bytes["all_reduce"]
     state: dict[str, int] = {}
     for entry in optimizer.state.values():
         for key, value in entry.items():
