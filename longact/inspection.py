@@ -220,7 +220,9 @@ def _ends(tokens: int) -> list[int]:
 class _Counter:
     """Totals of one projection's channels over the beginnings of a text."""
 
-    counted = SimpleNamespace(active=True)  # what `Capture` asks a SalientLinear for
+    # What `Capture` asks a SalientLinear for.
+    counted = SimpleNamespace(active=True)
+    shard = None
 
     def __init__(self, num_rows: int, metrics: Iterable[str]) -> None:
         #: Of each metric, fp32 [beginnings, rows].
