@@ -198,9 +198,12 @@ def _parameters(model: nn.Module, handle: LongAct | None) -> Iterator[_Parameter
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The decoder's layers: the longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    yield from max(lists, key=len, default=())
+    """The decoder's layers: the longest list of modules that is in no other, as experts are."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{n}.") for n in lists):
+            lists[name] = module
+    yield from max(lists.values(), key=len, default=())
 
 
 def build(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

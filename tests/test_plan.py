@@ -147,6 +147,17 @@ def test_what_a_step_moves_is_counted_by_hand() -> None:
     assert plain.update == 30 * 4 * (2 + 2 * 2 + 2 * 8)
 
 
+def test_experts_are_no_layers() -> None:
+    """A list in a list may be the longer one; what is of no layer is gathered once."""
+    linear = torch.nn.Linear
+    experts = torch.nn.ModuleList(linear(4, 4) for _ in range(3))
+    layer = torch.nn.ModuleDict({"q_proj": linear(4, 4), "experts": experts})
+    parts = {"head": linear(4, 4), "layers": torch.nn.ModuleList([layer])}
+    size = 4 * (4 * 4 + 4)
+    got = estimate(torch.nn.ModuleDict(parts), Setup(gpus=2))
+    assert got.all_gather == 2 * 4 * size + size
+
+
 @pytest.mark.parametrize(
     ("name", "billions", "layers"),
     [
