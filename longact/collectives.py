@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Plan", "check_same", "is_alone", "over_ranks"]
+__all__ = ["check_same", "is_alone", "over_ranks"]
 
 
 def is_alone() -> bool:
@@ -32,20 +32,17 @@ def over_ranks(tensors: list[Tensor], op: Any) -> list[Tensor]:
     return [p.view(t.shape).to(t.device, t.dtype) for p, t in zip(pieces, tensors, strict=True)]
 
 
-class Plan(NamedTuple):
-    """What a rank is about to select from."""
-
-    names: Sequence[str]  # of the projections, in order
-    sizes: Sequence[int]  # their channels
-    configs: Iterable[Mapping[str, Any]]  # the options of each, plain values
-
-
-def check_same(plan: Plan) -> None:
+def check_same(sizes: Mapping[str, int], configs: Iterable[Mapping[str, Any]]) -> None:
     """Raises RuntimeError, on every rank, unless all are about to select from the same by the same
-    rule: totals of others would be added up to nonsense, or wait for each other forever."""
-    configs = list({repr(dict(config)): dict(config) for config in plan.configs}.values())
-    names = zlib.crc32(repr((list(plan.names), list(plan.sizes))).encode())
-    mine = {"configs": configs, "projections": (len(plan.names), names)}
+    rule: totals of others would be added up to nonsense, or wait for each other forever.
+
+    Args:
+        sizes: channels of the projections, in order, by name.
+        configs: the options of each, plain values.
+    """
+    different = list({repr(config): config for config in configs}.values())
+    names = zlib.crc32(repr(list(sizes.items())).encode())
+    mine = {"configs": different, "projections": (len(sizes), names)}
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
     for rank, other in enumerate(of_ranks):

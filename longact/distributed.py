@@ -159,9 +159,7 @@ class ChangedRows:
 
     def _leave(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for name, selection, before in self._before:
-            rows = before
-            if selection is not None and (before is None or _chooses_as_a_step_begins(selection)):
-                rows = selection.rows
+            rows = None if selection is None else selection.rows_of_step(before)
             known = self._changed.get(name, rows)
             if rows is None or known is None:
                 self._changed[name] = None
@@ -169,10 +167,6 @@ class ChangedRows:
                 self._changed[name] = (
                     rows if known is rows else torch.unique(torch.cat([known, rows]))
                 )
-
-
-def _chooses_as_a_step_begins(selection: Selection) -> bool:
-    return selection.config is not None and selection.config.by_forward
 
 
 def _watched(model: nn.Module) -> Iterator[tuple[str, _Watched]]:

@@ -76,10 +76,7 @@ class Monitor:
             layer = self._projections[name]
             config, kind = layer.selection.config, name.rpartition(".")[2]
             assert config is not None
-            # Later steps train the rows chosen before them; the first, and one of forwards with
-            # rows of their own, those chosen as it began.
-            is_known = rows_before is not None and not config.by_forward
-            rows = rows_before if is_known else layer.rows
+            rows = layer.selection.rows_of_step(rows_before)
             if rows is None:
                 continue
             magnitude = magnitude_of(total, tokens, config.metric)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longact.backends import is_capturing
-from longact.collectives import Plan, check_same, is_alone, over_ranks
+from longact.collectives import check_same, is_alone, over_ranks
 from longact.kernels.topk_rows import (
     CHOSEN,
     NOT_FINITE,
@@ -232,6 +232,12 @@ class Selection:
             self._fill_buffer()
         if (layer := self.held_by()) is not None and rows is not None:
             layer.read_rows()
+
+    def rows_of_step(self, before: Tensor | None) -> Tensor | None:
+        """What a step trained, given the rows `before` it: those, but for the first selection and
+        for forwards with rows of their own, which are chosen as it begins."""
+        by_forward = self.config is not None and self.config.by_forward
+        return self.rows if before is None or by_forward else before
 
     def held_by(self) -> Any:
         return None if self.holder is None else self.holder()
@@ -715,11 +721,8 @@ def _check_ranks(selections: Sequence[Selection]) -> None:
     if is_alone() or all(selection.is_agreed for selection in selections):
         return
     check_same(
-        Plan(
-            [selection.name for selection in selections],
-            [0 if s.union is None else s.union.numel() for s in selections],
-            [asdict(s.config) for s in selections if s.config is not None],
-        )
+        {s.name: 0 if s.union is None else s.union.numel() for s in selections},
+        [asdict(s.config) for s in selections if s.config is not None],
     )
     for selection in selections:
         selection.is_agreed = True

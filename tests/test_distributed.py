@@ -120,8 +120,7 @@ def train(run: Run, world: int, steps: int) -> tuple[list[Any], RowHookState]:
 
 
 def train_in(tmp: Path, run: Run, world: int, steps: int) -> tuple[list[Any], RowHookState]:
-    history, state = train(run, world, steps)
-    return history, RowHookState(None, state.bytes, state.dense_bytes)
+    return train(run, world, steps)
 
 
 def single(name: str, world: int) -> list[Any]:
