@@ -5,8 +5,9 @@ rows is computed; `CompactSalientLinear`, where nothing else has a gradient at a
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -317,6 +318,9 @@ class _Selecting(nn.Module):
         salient.__dict__.update(layer.__dict__)
         salient.counted = None
         salient._attach(selection)
+        if (wrap_forward := tensor_parallel_of(layer)) is not None:
+            del salient.forward  # that of `layer`
+            wrap_forward(salient)
         return salient
 
     def _attach(self, selection: Selection) -> None:
@@ -359,6 +363,17 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (
         isinstance(module, nn.Linear) and type(module).__name__ in LINEAR_LIKE
     )
+
+
+def tensor_parallel_of(module: nn.Module) -> Callable[[nn.Module], object] | None:
+    """What wraps the forward of a module as transformers' tensor parallelism has wrapped this one's
+    (`from_pretrained(distributed_config=...)`); None where it has not."""
+    forward: Any = module.__dict__.get("forward")
+    if getattr(forward, "__module__", None) != "transformers.distributed.tensor_parallel":
+        return None
+    wrapped_by = inspect.getclosurevars(forward).nonlocals
+    style, mesh = wrapped_by["self"], wrapped_by["mesh"]
+    return lambda other: style.install_forward(other, mesh)
 
 
 class SalientLinear(_Selecting, nn.Linear):
@@ -428,6 +443,12 @@ class SalientLinear(_Selecting, nn.Linear):
             )
         if is_sharded(self.weight):
             return self._forward_in_part(input, counts=counts)
+        if counts and self.weight.shape[0] != self.out_features:
+            raise NotImplementedError(
+                f"{selection.name}: transformers' tensor parallelism hides from a forward without "
+                "gradients which channels it has, and reentrant activation checkpointing counts in "
+                "that one: use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         if self.shard is not None:
             self.shard = None
         return self._forward(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from longact.architectures import Attention, Heads, heads_of, recognise
 from longact.capture import check_capture
-from longact.nn import SalientEmbedding, SalientLinear, is_plain_linear
+from longact.nn import SalientEmbedding, SalientLinear, is_plain_linear, tensor_parallel_of
+from longact.rows import is_sharded
 from longact.selection import Candidates, SelectionConfig
 
 __all__ = ["Matched", "Target", "match_embeddings", "match_projections"]
@@ -279,7 +280,13 @@ def _check_linear(name: str, module: nn.Module) -> None:
     weight: Any = module.weight
     if not weight.is_floating_point():
         raise TypeError(f"{name}.weight is {weight.dtype}: load the model unquantized")
-    if "forward" in module.__dict__:
+    if hasattr(module, "_hf_tp_plan") and not is_sharded(weight):
+        raise TypeError(
+            f"{name} is a part, as transformers before 5.17 makes tensor parallelism: its rows "
+            "would be ranked without those of other ranks; update transformers, or use "
+            "torch.distributed.tensor.parallel.parallelize_module"
+        )
+    if "forward" in module.__dict__ and tensor_parallel_of(module) is None:
         raise TypeError(
             f"{name}.forward was replaced (accelerate's device_map offloading does that): load "
             "the model on one device, or call "

@@ -499,6 +499,14 @@ def test_a_replaced_forward_is_refused() -> None:
     refused(model, TypeError, rf"{K1}\.forward.*accelerate")
 
 
+def test_a_part_that_does_not_say_so_is_refused() -> None:
+    """As transformers before 5.17 leaves it, on a rank of tensor parallelism."""
+    model = tiny_model()
+    k_proj = model.model.layers[1].self_attn.k_proj
+    k_proj._hf_tp_plan = "colwise"
+    refused(model, TypeError, rf"{K1} is a part.*update transformers")
+
+
 # ---- copies and pickles --------------------------------------------------------------------------
 
 

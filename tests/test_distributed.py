@@ -147,11 +147,16 @@ RUNS = {
 }
 
 
+ON_FOUR = ("no_sync, clip", "unused", "hook, no_sync, bucket views")
+
+
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in ("plain", "hook") else pytest.mark.slow) for n in RUNS],
+    ("name", "world"),
+    [
+        *(pytest.param(n, 2, marks=[] if n == "plain" else pytest.mark.slow) for n in RUNS),
+        *(pytest.param(n, 4, marks=pytest.mark.slow) for n in ON_FOUR),
+    ],
 )
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ddp_ranks_are_one_process(name: str, world: int, tmp_path: Path) -> None:
     """Parameters, moments and ages within 1e-7, the same rows; ranks are equal to the last bit."""
     run = RUNS[name]

@@ -5,7 +5,7 @@ Two or four gloo processes and fp64, as partial sums are added up in another ord
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Run:
     micro_batches: int = 1
     checkpointing: bool = False
     examples: int = 4  # of a global batch
+    by_transformers: bool = False  # from_pretrained shards
 
     @property
     def dp(self) -> int:
@@ -72,11 +73,13 @@ class Run:
 
 def make(run: Run, *, parallel: bool, seed: int = 0) -> tuple[Any, Any, Any]:
     model = models.tiny_model(run.arch, seed=seed).double()
+    if parallel and run.by_transformers:
+        model = sharded_by_transformers(model, run)
     if run.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if run.apply_first:
         handle = longact.apply(model, 0.4, **run.apply)
-    if parallel:
+    if parallel and not run.by_transformers:
         mesh = init_device_mesh("cpu", (run.dp, run.tp), mesh_dim_names=("dp", "tp"))
         for layer in model.model.layers:
             parallelize_module(layer, mesh["tp"], PLAN)
@@ -87,6 +90,19 @@ def make(run: Run, *, parallel: bool, seed: int = 0) -> tuple[Any, Any, Any]:
     if not run.apply_first:
         handle = longact.apply(model, 0.4, **run.apply)
     return model, handle, models.adam(model, **run.adam)
+
+
+def sharded_by_transformers(model: Any, run: Run) -> Any:
+    distributed = pytest.importorskip("transformers.distributed", reason="transformers is older")
+    sharded = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=torch.float64,
+        distributed_config=distributed.DistributedConfig(tp_size=run.tp, fsdp_size=run.dp),
+    )
+    assert isinstance(sharded.get_submodule(models.Q0).weight, DTensor)
+    return sharded.train()
 
 
 def batch(run: Run, step: int, micro: int) -> dict[str, Tensor]:
@@ -170,6 +186,7 @@ def single(run: Run, steps: int = STEPS) -> list[Any]:
         return train(*make(run, parallel=False), run, range(steps))
 
 
+TRANSFORMERS = Run(arch="qwen3", by_transformers=True)
 RUNS = {
     "two ranks": Run(),
     "2-D": Run(world=4),
@@ -185,6 +202,8 @@ RUNS = {
     "2-D, compact": Run(world=4, adam={"state": "compact", "amsgrad": True, "eps": 1e-5}),
     "zero_grad": Run(adam={"inactive": "zero_grad"}),
     "once": Run(apply={"refresh_every": 0}),
+    "transformers": replace(TRANSFORMERS, checkpointing=True),
+    "2-D, transformers": Run(world=4, by_transformers=True, adam={"state": "compact"}),
 }
 
 
@@ -261,6 +280,46 @@ def refusals(tmp: Path) -> dict[str, str]:
         "forward": said(PLAN, refresh_every="forward"),
         "freeze": said(PLAN, others="freeze"),
     }
+
+
+def refuses_reentrant(tmp: Path) -> str:
+    model = make(TRANSFORMERS, parallel=True)[0]
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(NotImplementedError) as caught:
+        model(input_ids=models.token_ids())
+    return str(caught.value)
+
+
+def test_reentrant_checkpointing_under_transformers_is_refused(tmp_path: Path) -> None:
+    for said in run_ranks(2, refuses_reentrant, tmp_path):
+        assert f"{models.Q0}: transformers' tensor parallelism hides" in said
+
+
+def generate(model: Any) -> Tensor:
+    model.eval()
+    found: Tensor = model.generate(models.token_ids(2, 5), max_new_tokens=6, do_sample=False)
+    model.train()
+    return found
+
+
+def generates(tmp: Path) -> list[Tensor]:
+    """Before, while and after longact is applied, and what the logits are then."""
+    model = sharded_by_transformers(models.tiny_model("qwen3").double(), TRANSFORMERS)
+    found = [generate(model)]
+    handle = longact.apply(model, 0.4)
+    found.append(generate(model))
+    handle.remove()
+    assert type(model.get_submodule(models.Q0)) is nn.Linear
+    return [*found, generate(model), model(input_ids=models.token_ids()).logits.detach()]
+
+
+def test_transformers_generates_and_gets_its_layers_back(tmp_path: Path) -> None:
+    model = models.tiny_model("qwen3").double()
+    expected = generate(model)
+    logits = model(input_ids=models.token_ids()).logits
+    for *found, last in run_ranks(2, generates, tmp_path):
+        assert all(torch.equal(tokens, expected) for tokens in found)
+        torch.testing.assert_close(last, logits.detach(), rtol=1e-7, atol=1e-10)
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
