@@ -24,7 +24,7 @@ from longact.kernels.channel_magnitude import channel_magnitude
 from longact.kernels.projection import fuses, projections
 from longact.kernels.row_grad import is_for_triton, linear_grads, row_grad, row_sums
 from longact.optim import FusedMaskedAdam
-from longact.rows import Shard, is_sharded, shard_of
+from longact.rows import Shard, is_sharded, local_of, shard_of
 from longact.selection import Selection, attach, select_provisionally, selection_of
 
 if TYPE_CHECKING:
@@ -852,7 +852,7 @@ class SalientEmbedding(_Selecting, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
         if self.counted is not None and self.training and torch.is_grad_enabled():
-            self._touch(input, y, self.counted)
+            self._touch(local_of(input), local_of(y), self.counted)
         return y
 
     def _touch(self, input: Tensor, y: Tensor, counted: CountedForward) -> None:

@@ -331,6 +331,32 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         assert "others='freeze'" in said["freeze"]
 
 
+def touched(tmp: Path | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Rows and weight of the embedding, of a rank or of one process, after each step."""
+    model: Any = models.tiny_model("qwen2").double()
+    if tmp is not None:
+        model = sharded_by_transformers(model, TRANSFORMERS)
+    handle = longact.apply(model, rows="touched")
+    optimizer = models.adam(model)
+    found = []
+    for step in range(5):
+        models.train_step(model, optimizer, models.token_ids(seed=step))
+        rows = handle.rows["model.embed_tokens"]
+        found.append((rows, whole(model.model.embed_tokens.weight)))
+    return found
+
+
+def test_touched_rows_of_a_sharded_vocabulary(tmp_path: Path) -> None:
+    first, second = run_ranks(2, touched, tmp_path)
+    for (rows, weight), (others, same), (expected, of_one) in zip(
+        first, second, touched(), strict=True
+    ):
+        assert torch.equal(rows, expected)
+        assert torch.equal(others, expected)
+        assert torch.equal(weight, same)
+        torch.testing.assert_close(weight, of_one, rtol=1e-7, atol=1e-10)
+
+
 def plain_linear(tmp: Path) -> None:
     """A layer of one's own, rows by hand: gradients are those of nn.Linear in the rows."""
     mesh = init_device_mesh("cpu", (2,))
