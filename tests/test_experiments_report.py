@@ -21,6 +21,7 @@ from experiments import report as module
 from experiments import statistics
 from experiments.report import figures, page, report
 from experiments.statistics import Difference, Estimate, difference, estimate, holm, verdict
+from experiments.store import Store
 
 Record = dict[str, Any]
 
@@ -712,3 +713,14 @@ def test_commits_and_time() -> None:
     assert "0123456789ab+, abc." in text
     hours = (72_000 + 36 * (len(records) - 1)) / 3600
     assert f"{hours:.1f} hours of CPU" in text
+
+
+@pytest.mark.slow
+def test_the_documentation_is_what_the_store_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 10_000)
+    root = Path(module.__file__).parents[1]
+    stores = [Store(path) for path in sorted((root / "experiments" / "results").glob("*.jsonl"))]
+    report([record for store in stores for record in store.records.values()], tmp_path)
+    assert (tmp_path / "results.md").read_text() == (root / "docs" / "results.md").read_text()
