@@ -56,7 +56,10 @@ def start(model: Path, output: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def result(run: subprocess.Popen[str], output: Path) -> tuple[str, Any, Any]:
     """What it printed, its last checkpoint's rows, and its weights."""
-    said, _ = run.communicate(timeout=300)
+    try:
+        said, _ = run.communicate(timeout=300)
+    finally:
+        run.terminate()  # one that hangs, with its ranks
     assert run.returncode == 0, said[-4000:]
     from safetensors.torch import load_file
 
