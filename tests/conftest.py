@@ -26,27 +26,7 @@ import torch
 from native_builds import WHY_NO_BUILD, build, load
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """All tests at once go to a few processes, a file at a time; without pytest-xdist, with -n0 or
-    --pdb, and where they would share a GPU, to this one."""
-    option = config.option
-    if (
-        config.pluginmanager.hasplugin("xdist")
-        and config.args_source is pytest.Config.ArgsSource.TESTPATHS
-        and not hasattr(config, "workerinput")
-        and option.numprocesses is None
-        and not (option.usepdb or option.collectonly or torch.cuda.is_available())
-    ):
-        option.numprocesses = min(4, os.cpu_count() or 1)
-        option.dist = "loadfile"
-        option.loadscopereorder = False  # see pytest_collection_modifyitems
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # a share of the cores
-        count = int(config.workerinput["workercount"])
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
     # Not in pyproject.toml: pytest would import longact before this file runs.
     config.addinivalue_line("filterwarnings", "error::longact.LongActWarning")
 
