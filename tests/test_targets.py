@@ -69,7 +69,7 @@ def within(values: Tensor, *ranges: range, keep: float = KEEP) -> list[int]:
         lambda model: (model.get_submodule(Q0), slice(0, 40)),
         lambda model: [(model.get_submodule(Q0), range(40))],
     ],
-    # Addresses of functions differ between processes that share the tests.
+    # A function's own name has its address, another one in each run.
     ids=lambda target: "modules" if callable(target) else str(target),
 )
 def test_one_range_in_every_form(target: Any) -> None:
