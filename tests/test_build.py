@@ -146,8 +146,9 @@ def test_native_core_links_no_torch() -> None:
     linked = subprocess.run(
         ["ldd", _native.__file__], check=True, capture_output=True, text=True
     ).stdout
-    assert "torch" not in linked
-    assert "c10" not in linked
+    names = [line.split()[0] for line in linked.splitlines()]  # what follows are random addresses
+    assert names
+    assert not [name for name in names if "torch" in name or "c10" in name]
 
 
 def test_import_is_light() -> None:
