@@ -11,6 +11,7 @@
 
 #include "channel_magnitude_cpu.h"
 #include "device_table.h"
+#include "gather_columns_cpu.h"
 #include "masked_adamw_cpu.h"
 #include "masked_adamw_cuda.h"
 
@@ -148,6 +149,13 @@ void channel_magnitude(int metric, int dtype, Address y, int64_t stride, Address
                         threads, isa);
 }
 
+void gather_columns(int64_t element_size, Address from, int64_t stride, int64_t tokens, int64_t channels,
+                    Address columns, int64_t num_columns, Address to, int threads) {
+  py::gil_scoped_release release;
+  gather_columns_cpu(element_size, pointer<const void>(from), stride, tokens, channels,
+                     pointer<const int32_t>(columns), num_columns, pointer<void>(to), threads);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const CpuKernels* kernels : available_cpu_kernels()) names.emplace_back(kernels->name);
@@ -168,6 +176,9 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("channel_magnitude", &channel_magnitude, py::arg("metric"), py::arg("dtype"), py::arg("y"),
         py::arg("stride"), py::arg("mask"), py::arg("tokens"), py::arg("channels"), py::arg("total"),
         py::arg("threads"), py::arg("isa") = "");
+  m.def("gather_columns", &gather_columns, py::arg("element_size"), py::arg("source"), py::arg("stride"),
+        py::arg("tokens"), py::arg("channels"), py::arg("columns"), py::arg("num_columns"), py::arg("to"),
+        py::arg("threads"));
 #if defined(LONGACT_HAS_CUDA)
   m.attr("cuda") = LONGACT_CUDA_ARCHS;
   m.def("cuda_unusable", &cuda_unusable, py::arg("device"), "Why kernels cannot run on it, or ''.");

@@ -18,6 +18,17 @@ def channel_magnitude(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def gather_columns(
+    element_size: int,
+    source: int,
+    stride: int,
+    tokens: int,
+    channels: int,
+    columns: int,
+    num_columns: int,
+    to: int,
+    threads: int,
+) -> None: ...
 def cuda_unusable(device: int) -> str: ...  # only where cuda is not None
 
 # lr, lr_tensor, beta1, beta2, eps, weight_decay, maximize, zero_grad, stochastic, seed

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longact.backends import native
+from longact.kernels import row_grad as row_grad_module
 from longact.kernels.channel_magnitude import METRICS, channel_magnitude, native_cpu, reference
 from longact.kernels.row_grad import linear_grads, row_grad
 from longact.kernels.topk_rows import (
@@ -359,6 +360,34 @@ def test_row_grad_of_strided_tensors(dtype: torch.dtype) -> None:
     expected = dy.double()[:, [0, 3]].t() @ x.double()
     spec = Spec(1e-5, 1e-5) if dtype == torch.float32 else Spec(2**-7, 2**-6)
     assert_close(got, expected, spec, "row_grad")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (63, 200), (4097, 64), (8, 3)])
+def test_gathered_columns_are_the_same_bits(
+    shape: tuple[int, int], count: int, dtype: torch.dtype
+) -> None:
+    tokens, channels = shape
+    wide = torch.randn(tokens, 2 * channels + 1).to(dtype)
+    for y in (wide[:, :channels], wide[:, 1::2], wide[:, :channels].contiguous()):
+        for keep in (0.0, 0.3, 1.0):
+            rows = torch.randperm(channels)[: round(keep * channels)].sort().values.int()
+            assert row_grad_module._is_for_native(y, rows)
+            with threads(count):
+                got = row_grad_module._columns(y, rows)
+            assert torch.equal(bits(got), bits(y.index_select(1, rows).t()))
+
+
+def test_columns_with_a_tangent_or_a_pending_sign_are_read_right() -> None:
+    dy, x, rows = torch.randn(6, 5), torch.randn(6, 3), torch.tensor([1, 4], dtype=torch.int32)
+    negative = torch._neg_view(dy)  # what a complex parameter's gradient can be
+    torch.testing.assert_close(row_grad(negative, x, rows), -(dy.t() @ x)[rows.long()])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(dy, 2 * dy)
+        tangent = torch.autograd.forward_ad.unpack_dual(row_grad(dual, x, rows)).tangent
+    torch.testing.assert_close(tangent, 2 * (dy.t() @ x)[rows.long()])
 
 
 def test_row_grad_is_differentiable_again() -> None:

@@ -7,13 +7,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from longact.backends import runs_triton
+from longact.backends import DTYPE_CODES, is_plain, native, runs_triton
 
 
 def reference(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
     # Gather k columns, then one matmul of keep_ratio of the dense gradient's size.
     return grad_output.index_select(1, rows).t() @ input
+
+
+def _columns(grad_output: Tensor, rows: Tensor) -> Tensor:
+    """`grad_output[:, rows]^T`, `[k, tokens]`."""
+    if not _is_for_native(grad_output, rows):
+        return grad_output.index_select(1, rows).t()
+    assert native is not None
+    grad_output, rows = grad_output.resolve_neg(), rows.contiguous()
+    if grad_output.stride(1) != 1:
+        grad_output = grad_output.contiguous()
+    columns = grad_output.new_empty(rows.shape[0], grad_output.shape[0])
+    native.gather_columns(
+        grad_output.element_size(),
+        grad_output.data_ptr(),
+        grad_output.stride(0),
+        *grad_output.shape,
+        rows.data_ptr(),
+        rows.shape[0],
+        columns.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return columns
+
+
+def _is_for_native(grad_output: Tensor, rows: Tensor) -> bool:
+    return (
+        native is not None
+        and grad_output.is_cpu
+        and grad_output.dtype in DTYPE_CODES
+        and rows.is_cpu
+        and rows.dtype == torch.int32
+        and is_plain(grad_output, rows)
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and grad_output.requires_grad)
+        and unpack_dual(grad_output).tangent is None  # type: ignore[no-untyped-call]
+    )
 
 
 def is_for_triton(grad_output: Tensor, input: Tensor, into: Tensor | None = None) -> bool:
@@ -82,17 +119,20 @@ def row_grad(grad_output: Tensor, input: Tensor, rows: Tensor) -> Tensor:
     if runs_triton(grad_output, input):
         return _op(grad_output, input, rows)  # type: ignore[no-any-return]
     _check(grad_output, input, rows)
-    return reference(grad_output, input, rows)
+    return _columns(grad_output, rows) @ input
 
 
-def linear_grads_reference(
+def _linear_grads(
     grad_output: Tensor, input: Tensor, rows: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    rows = rows.long()  # index_copy wants int64
     out_features = grad_output.shape[1]
-    compact = reference(grad_output, input, rows)
+    columns = _columns(grad_output, rows)
+    rows = rows.long()  # index_copy wants int64
+    compact = columns @ input
     weight_grad = compact.new_zeros(out_features, input.shape[1]).index_copy_(0, rows, compact)
-    return weight_grad, row_sums(grad_output, rows) if bias else compact.new_empty(0)
+    if not bias:
+        return weight_grad, compact.new_empty(0)
+    return weight_grad, compact.new_zeros(out_features).index_copy_(0, rows, columns.sum(1))
 
 
 def row_sums(grad_output: Tensor, rows: Tensor) -> Tensor:
@@ -138,10 +178,10 @@ def linear_grads(
         where grad mode is on.
     """
     if torch.compiler.is_compiling():  # on the CPU it sees torch's own ops, to fuse them
-        compiled = _linear_op if runs_triton(grad_output, input) else linear_grads_reference
+        compiled = _linear_op if runs_triton(grad_output, input) else _linear_grads
         return compiled(grad_output, input, rows, bias)
     if into is None and (torch.is_grad_enabled() or not is_for_triton(grad_output, input)):
-        return linear_grads_reference(grad_output, input, rows, bias)
+        return _linear_grads(grad_output, input, rows, bias)
     from longact.kernels import row_grad_triton
 
     out_features = grad_output.shape[1]
