@@ -28,12 +28,15 @@ PRELOAD = [
 TIMEOUT = datetime.timedelta(seconds=120)  # of a collective: nothing hangs
 
 
+def start_ranks(world: int, target: Callable[..., None], *args: Any) -> None:
+    """`target(rank, *args)` in processes of their own, until all have ended."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    mp.start_processes(target, args, nprocs=world, start_method="forkserver")
+
+
 def run_ranks(world: int, worker: Callable[..., Any], tmp: Path, *args: Any) -> list[Any]:
     """`worker(tmp, *args)` on gloo ranks; what each returned."""
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    mp.start_processes(
-        _rank, (world, worker, str(tmp), args), nprocs=world, start_method="forkserver"
-    )
+    start_ranks(world, _rank, world, worker, str(tmp), args)
     return [torch.load(tmp / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import snippet
-from ranks import join
+from ranks import join, start_ranks
 from torch import Tensor
 
 import longact
@@ -401,7 +401,7 @@ def _ddp_rank(rank: int, tmp: str) -> None:
 @pytest.mark.slow
 def test_accelerates_ddp_ranks_select_the_same_rows(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs accelerate")
-    torch.multiprocessing.spawn(_ddp_rank, (str(tmp_path),), nprocs=2)
+    start_ranks(2, _ddp_rank, str(tmp_path))
     (rows, params), (other_rows, other_params) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import assert_same_tree, one_thread
-from ranks import join
+from ranks import join, start_ranks
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -77,17 +75,10 @@ def rank_main(rank: int, tmp: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported_once() -> None:
-    """Processes are forked from one that has imported everything but longact, which may come from
-    the working directory there."""
-    multiprocessing.set_forkserver_preload(["transformers.models.qwen2.modeling_qwen2"])
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     tmp: Path = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(rank_main, (str(tmp),), nprocs=2, start_method="forkserver")
+    start_ranks(2, rank_main, str(tmp))
     return [torch.load(tmp / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -134,7 +125,7 @@ def apply_too_late(rank: int, tmp: str) -> None:
 
 
 def test_a_model_that_is_wrapped_already_is_refused(tmp_path: Path) -> None:
-    mp.start_processes(apply_too_late, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    start_ranks(2, apply_too_late, str(tmp_path))
 
 
 def train_a_copy(rank: int, tmp: str) -> None:
@@ -150,6 +141,6 @@ def test_a_copy_trains_with_another_optimizer_where_nothing_was_applied(tmp_path
     longact.apply(model, 0.5, targets="0", others="freeze")
     longact.set_rows(model[0].weight, [1, 2, 5])
     torch.save(model, tmp_path / "copy.pt")
-    mp.start_processes(train_a_copy, (str(tmp_path),), nprocs=1, start_method="forkserver")
+    start_ranks(1, train_a_copy, str(tmp_path))
     trained = torch.load(tmp_path / "trained.pt")["0.weight"]
     assert models.changed_rows(model[0].weight.detach(), trained) == [1, 2, 5]

@@ -11,7 +11,6 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import assert_same_bits, assert_same_tree, bits
 from models import (
     PAD,
@@ -27,7 +26,7 @@ from models import (
     token_ids,
     train_step,
 )
-from ranks import join
+from ranks import join, start_ranks
 from test_apply import refused, snapshot
 from test_selection import padded
 from torch import Tensor, nn
@@ -523,7 +522,7 @@ def _rank(rank: int, tmp: str) -> None:
 
 @pytest.mark.slow
 def test_ddp_ranks_train_the_rows_that_any_of_them_read(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    start_ranks(2, _rank, str(tmp_path))
     (history, state), (other, other_state) = (
         torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)
     )

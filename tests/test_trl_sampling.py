@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers import assert_same_tree, one_thread
 from models import PAD, assert_same_params, tiny_model
+from ranks import start_ranks
 from torch import Tensor
 
 pytest.importorskip("trl", reason="needs the rl extra")
@@ -994,7 +994,7 @@ def test_two_processes_share_groups_and_resume(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    start_ranks(2, _rank, str(tmp_path), port)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     for name, local, group, batches in (("pairs", 3, 2, 3), ("threes", 6, 3, 4), ("lost", 3, 2, 2)):
         both = [rank[name] for rank in ranks]

@@ -7,7 +7,6 @@ except the question whether TRL is installed: verl 0.9.1 does not start beside T
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,9 +17,8 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import snippet
-from ranks import join
+from ranks import join, start_ranks
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -496,10 +494,7 @@ def _train_on_a_rank(tmp: Path, rank: int) -> Any:
 @pytest.mark.slow
 def test_two_ranks_select_the_same_rows_train_and_resume(tmp_path: Path) -> None:
     _save_model(tmp_path / "model")
-    multiprocessing.set_forkserver_preload(["torch", "models", "longact", __name__])
-    mp.start_processes(
-        _rank, (str(tmp_path), 2, _train_on_a_rank), nprocs=2, start_method="forkserver"
-    )
+    start_ranks(2, _rank, str(tmp_path), 2, _train_on_a_rank)
     saved = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     rows, weights, tokens, metrics, ids, mask = saved[0]
     other_rows, other_weights, _, other_metrics, other_ids, other_mask = saved[1]

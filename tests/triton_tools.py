@@ -58,7 +58,7 @@ without_kernels = pytest.mark.skipif(KERNELS_RUN, reason="the kernels run in thi
 def run_in_the_interpreter(file: str) -> None:
     """Runs the `@runs_kernels` tests of a test file in Triton's interpreter."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", file],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
