@@ -387,6 +387,7 @@ def _ddp_rank(rank: int, tmp: str) -> None:
 
     join(rank, 2, tmp)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = models.tiny_model("llama")
     lengths = (9, 12, 5, 7) if rank else (4, 8, 12, 6)
