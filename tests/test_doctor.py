@@ -136,20 +136,12 @@ def first_rows(totals: list[torch.Tensor], *others: object) -> tuple[list[torch.
     return [torch.arange(60, dtype=torch.int32)], None
 
 
-def bias_of_all_rows(
-    dy: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, bias: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = torch.zeros(dy.shape[1], x.shape[1], dtype=x.dtype)
-    weight[rows.long()] = row_grad.reference(dy, x, rows)
-    return weight, dy.sum(0)
-
-
 WRONG: dict[str, tuple[object, str, Callable[..., object]]] = {
     "channel_magnitude": (channel_magnitude, "_dispatch", lambda y, *_: torch.ones(y.shape[1])),
     "topk_rows": (topk_rows, "_dispatch", lambda y, k: torch.arange(k, dtype=torch.int32)),
     "select_rows": (topk_rows, "_select", first_rows),
     "row_grad": (row_grad, "_columns", lambda dy, rows: dy[:, : len(rows)].t()),
-    "bias": (row_grad, "_linear_grads", bias_of_all_rows),
+    "bias": (row_grad, "row_sums", lambda dy, rows: dy.sum(0)),
     "masked_adamw_ reference": (masked_adamw, "reference", lambda *_: None),
     "a model's step": (FusedMaskedAdam, "step", torch.optim.SGD.step),
 }

@@ -126,13 +126,10 @@ def _linear_grads(
     grad_output: Tensor, input: Tensor, rows: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
     out_features = grad_output.shape[1]
-    columns = _columns(grad_output, rows)
+    compact = _columns(grad_output, rows) @ input
     rows = rows.long()  # index_copy wants int64
-    compact = columns @ input
     weight_grad = compact.new_zeros(out_features, input.shape[1]).index_copy_(0, rows, compact)
-    if not bias:
-        return weight_grad, compact.new_empty(0)
-    return weight_grad, compact.new_zeros(out_features).index_copy_(0, rows, columns.sum(1))
+    return weight_grad, row_sums(grad_output, rows) if bias else compact.new_empty(0)
 
 
 def row_sums(grad_output: Tensor, rows: Tensor) -> Tensor:
