@@ -21,10 +21,8 @@ from triton_tools import (
     compiled,
     cuobjdump,
     no_reads_by_the_host,
-    run_in_the_interpreter,
     runs_kernels,
     target_id,
-    without_kernels,
 )
 
 from longact.kernels.channel_magnitude import METRICS
@@ -78,11 +76,6 @@ def assert_totals(actual: Tensor, exact: Tensor, metric: str) -> None:
         assert torch.equal(actual, exact.float())
     else:  # a sum of some hundred positive numbers in fp32
         torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=0.0)
-
-
-@without_kernels
-def test_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 @runs_kernels

@@ -3,6 +3,7 @@ shows, run."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import logging
 import os
@@ -88,10 +89,10 @@ def deepspeed() -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     module = pytest.importorskip("deepspeed", reason="needs deepspeed")
-    import deepspeed.comm.torch
-
-    # DeepSpeed would compile a kernel for this: a minute, and a compiler.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # DeepSpeed would compile a kernel for this: a minute, and a compiler. (As an attribute of the
+    # package this name is torch itself.)
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # An engine's own process group, as it stays for the whole process.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

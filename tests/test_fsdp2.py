@@ -203,19 +203,18 @@ def _alone(tmp: Path, run: Run, world: int, steps: int) -> list[Any]:
 EXACT = {
     "apply first": Run(),
     "shard first": Run(apply_first=False),
-    "no reshard": Run(reshard=False),
     "no reshard, shard first": Run(reshard=False, apply_first=False),
-    "one group": Run(by_block=False),
-    "accumulation": Run(micro_batches=2),
+    "one group, accumulation": Run(by_block=False, micro_batches=2),
     "checkpointing": Run(checkpointing=True),
-    "forward": Run(apply={"refresh_every": "forward"}, micro_batches=2),
-    "forward, checkpointing": Run(apply={"refresh_every": "forward"}, checkpointing=True),
+    "forward, checkpointing": Run(
+        apply={"refresh_every": "forward"}, checkpointing=True, micro_batches=2
+    ),
     "every 3": Run(apply={"refresh_every": 3, "metric": "rms"}),
-    "once": Run(apply={"refresh_every": 0}),
-    "head": Run(apply={"scope": "head", "metric": "max_abs"}),
+    "once, head": Run(apply={"refresh_every": 0, "scope": "head", "metric": "max_abs"}),
     "model": Run(apply={"scope": "model"}),
-    "zero_grad, amsgrad": Run(adam={"inactive": "zero_grad", "amsgrad": True}),
-    "amsgrad, maximize": Run(adam={"amsgrad": True, "maximize": True}),
+    "zero_grad, amsgrad, maximize": Run(
+        adam={"inactive": "zero_grad", "amsgrad": True, "maximize": True}
+    ),
     "reference": Run(adam={"backend": "reference"}),
     "bf16 masters": Run(dtype=torch.bfloat16, adam={"master_weights": True}),
     "compact": Run(adam={"state": "compact", "weight_decay": 0.5}),

@@ -35,9 +35,7 @@ from triton_tools import (
     compiled,
     cuobjdump,
     no_reads_by_the_host,
-    run_in_the_interpreter,
     target_id,
-    without_kernels,
 )
 
 from longact.backends import DTYPE_CODES, native
@@ -76,11 +74,6 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.usefixtures(runner.__name__)(triton_tools.runs_kernels(test))
-
-
-@without_kernels
-def test_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 def update(

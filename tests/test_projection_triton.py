@@ -24,9 +24,7 @@ from triton_tools import (
     compiled,
     cuobjdump,
     no_reads_by_the_host,
-    run_in_the_interpreter,
     target_id,
-    without_kernels,
 )
 
 from longact.kernels.channel_magnitude import METRICS
@@ -86,11 +84,6 @@ def load_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "descriptors" and INTERPRETED and triton.__version__.startswith("3.4."):
         pytest.skip("Triton 3.4's interpreter wants multiples of 16 elements, not bytes")
     monkeypatch.setattr(projection_triton, "_has_descriptors", lambda _: way == "descriptors")
-
-
-@without_kernels
-def test_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 # ---- inputs, and what must come out --------------------------------------------------------------

@@ -27,9 +27,7 @@ from triton_tools import (
     cuobjdump,
     no_reads_by_the_host,
     registers,
-    run_in_the_interpreter,
     target_id,
-    without_kernels,
 )
 
 triton = pytest.importorskip("triton")
@@ -63,11 +61,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.usefixtures(small_blocks.__name__)(triton_tools.runs_kernels(test))
-
-
-@without_kernels
-def test_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

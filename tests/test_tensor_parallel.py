@@ -193,8 +193,8 @@ def single(run: Run, steps: int = STEPS) -> list[Any]:
 
 
 TRANSFORMERS = Run(arch="qwen3", by_transformers=True)
-# The first update of a row that enters is the sign of its gradient, but for eps: with the usual one,
-# what is rounding alone of a small gradient becomes large.
+# The first update of a row that enters is the sign of its gradient, but for eps: with the usual
+# one, what is rounding alone of a small gradient becomes large.
 COMPACT = {"state": "compact", "eps": 1e-5}
 RUNS = {
     "two ranks": Run(),
@@ -203,10 +203,9 @@ RUNS = {
     "head, max_abs": Run(apply={"scope": "head", "metric": "max_abs"}),
     "model, every 2": Run(apply={"scope": "model", "refresh_every": 2}),
     "norm, rms": Run(arch="qwen3", apply={"capture": "norm", "metric": "rms"}),
-    "2-D, rope, pairs": Run(world=4, apply={"capture": "rope", "pair_rope": True}),
+    "rope, pairs": Run(apply={"capture": "rope", "pair_rope": True}),
     "compact, checkpointing": Run(adam=COMPACT, checkpointing=True),
-    "zero_grad": Run(adam={"inactive": "zero_grad"}),
-    "once": Run(apply={"refresh_every": 0}),
+    "zero_grad, once": Run(adam={"inactive": "zero_grad"}, apply={"refresh_every": 0}),
     "transformers": replace(TRANSFORMERS, checkpointing=True),
     "2-D, compact, transformers": Run(
         world=4, by_transformers=True, adam={**COMPACT, "amsgrad": True}

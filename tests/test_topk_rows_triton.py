@@ -30,9 +30,7 @@ from triton_tools import (
     compiled,
     no_reads_by_the_host,
     registers,
-    run_in_the_interpreter,
     target_id,
-    without_kernels,
 )
 
 from longact.kernels.channel_magnitude import METRICS
@@ -69,11 +67,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
     fixtures = pytest.mark.usefixtures(small_tiles.__name__, poison.__name__)
     return fixtures(triton_tools.runs_kernels(test))
-
-
-@without_kernels
-def test_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 def floats(bits: Sequence[int]) -> Tensor:

@@ -19,9 +19,7 @@ from triton_tools import (
     DEVICE,
     INTERPRETED,
     no_reads_by_the_host,
-    run_in_the_interpreter,
     runs_kernels,
-    without_kernels,
 )
 
 import longact
@@ -70,11 +68,6 @@ class Calls:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((args, kwargs))
         return self._function(*args, **kwargs)
-
-
-@without_kernels
-def test_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__)
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:

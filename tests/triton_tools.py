@@ -3,7 +3,7 @@ compiling them ahead of time for GPUs that are not here.
 
 Interpreted kernels must be imported with TRITON_INTERPRET=1, and other tests import Triton without
 it: where there is no GPU, the tests that run kernels (`@runs_kernels`) are collected only in a
-process of their own, which `run_in_the_interpreter` starts.
+process of their own, which test_triton_interpreter.py starts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,23 +49,6 @@ def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
 
     run.__test__ = KERNELS_RUN  # type: ignore[attr-defined]
     return run
-
-
-without_kernels = pytest.mark.skipif(KERNELS_RUN, reason="the kernels run in this process")
-
-
-def run_in_the_interpreter(file: str) -> None:
-    """Runs the `@runs_kernels` tests of a test file in Triton's interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", file],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    assert re.search(r"\b\d{2,} passed", done.stdout), done.stdout
 
 
 @contextlib.contextmanager
