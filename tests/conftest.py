@@ -66,4 +66,4 @@ def cuda_on_host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         return native
     if WHY_NO_BUILD is not None:
         pytest.skip(WHY_NO_BUILD)
-    return load(build(tmp_path_factory.mktemp("cuda_on_host"), CMAKE_BUILD_TYPE="Release"))
+    return load(build(tmp_path_factory.mktemp("cuda_on_host")))

@@ -38,11 +38,16 @@ def _cuobjdump() -> str:
     return found
 
 
+def build_cuda(folder: Path, **options: str) -> Path:
+    """As it is installed, but for the host's code."""
+    options |= {"CMAKE_BUILD_TYPE": "Release", "CMAKE_CXX_FLAGS_RELEASE": "-O0"}
+    return build(folder, LONGACT_CUDA_ON_HOST="", CMAKE_CUDA_COMPILER=str(NVCC), **options)
+
+
 @pytest.fixture(scope="module")
 def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    assert NVCC is not None
     # Warnings are errors there, those of ptxas about spills among them.
-    return build(tmp_path_factory.mktemp("cuda"), LONGACT_CUDA_ON_HOST="", CMAKE_CUDA_COMPILER=NVCC)
+    return build_cuda(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +160,6 @@ def test_it_loads_and_says_why_it_cannot_run(module: ModuleType) -> None:
 
 
 def test_chosen_architectures(tmp_path: Path) -> None:
-    path = build(
-        tmp_path,
-        LONGACT_CUDA_ON_HOST="",
-        CMAKE_CUDA_COMPILER=str(NVCC),
-        LONGACT_CUDA_ARCHS="86, 90",
-    )
+    path = build_cuda(tmp_path, LONGACT_CUDA_ARCHS="86, 90")
     assert sorted(k.arch for k in dump(path, "-sass")) == ["sm_86", "sm_90"]
     assert "sm_86 sm_90" in load(path).cuda

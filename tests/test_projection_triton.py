@@ -753,11 +753,10 @@ def check_compiled(kernel: Any, target: Any, config: Any, folder: Path) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("projections", [1, 2])
 @each_candidate
-def test_compiled(target: Any, config: Any, projections: int, tmp_path: Path) -> None:
-    """Every configuration that may be chosen."""
-    kernel = compile_projection(target, config, tmp_path, projections=projections)
+def test_compiled(target: Any, config: Any, tmp_path: Path) -> None:
+    """Every configuration that may be chosen, for q and k together."""
+    kernel = compile_projection(target, config, tmp_path)
     check_compiled(kernel, target, config, tmp_path)
 
 
@@ -774,7 +773,8 @@ def test_compiled(target: Any, config: Any, projections: int, tmp_path: Path) ->
 def test_compiled_variants(
     target: Any, variant: dict[str, Any], config: Any, tmp_path: Path
 ) -> None:
-    kernel = compile_projection(target, config, tmp_path, **variant)
+    """One projection alone."""
+    kernel = compile_projection(target, config, tmp_path, projections=1, **variant)
     check_compiled(kernel, target, config, tmp_path)
 
 

@@ -30,7 +30,6 @@ def runtime(name: str) -> str:
 def sanitized_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(
         tmp_path_factory.mktemp("sanitized"),
-        CMAKE_BUILD_TYPE="RelWithDebInfo",
         LONGACT_SANITIZE="address,undefined",
         CMAKE_CXX_FLAGS="-DLONGACT_BLOCK_THREADS=64",
     )
