@@ -30,7 +30,7 @@ void gather(const T* from, int64_t stride, int64_t tokens, const int32_t* column
       }
       const T* column = block + columns[i];
       T* out = to + i * tokens + first;
-      if (count == kTokens) {
+      if (count == kTokens) {  // a constant, which the compiler unrolls
         for (int64_t t = 0; t < kTokens; ++t) out[t] = column[t * stride];
       } else {
         for (int64_t t = 0; t < count; ++t) out[t] = column[t * stride];
