@@ -16,6 +16,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,16 +40,39 @@ def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
         if not INTERPRETED:
             test(*args, **kwargs)
             return
-        from triton.runtime.interpreter import interpreter_builder
+        from triton.runtime import interpreter
 
+        builder = interpreter.interpreter_builder
         # Compiled kernels do not check integers for overflow either.
-        options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(interpreter_builder, "options", options)
+        options = dataclasses.replace(builder.options, sanitize_overflow=False)
+        with pytest.MonkeyPatch.context() as patch, patched_once(interpreter, patch):
+            patch.setattr(builder, "options", options)
             test(*args, **kwargs)
 
     run.__test__ = KERNELS_RUN  # type: ignore[attr-defined]
     return run
+
+
+@contextlib.contextmanager
+def patched_once(interpreter: Any, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter replaces triton.language's functions by its own at each call of each device
+    function, which is half of its time: here it does so once for each module that has such calls.
+    """
+    patch_lang = interpreter._patch_lang
+    scopes: dict[int, Any] = {}
+
+    def patch_first(fn: Any) -> object:
+        if id(fn.__globals__) not in scopes:
+            scopes[id(fn.__globals__)] = patch_lang(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    patch.setattr(interpreter, "_patch_lang", patch_first)
+    try:
+        yield
+    finally:
+        for scope in reversed(scopes.values()):
+            if scope is not None:  # Triton 3.4 restores nothing
+                scope.restore()
 
 
 @contextlib.contextmanager
