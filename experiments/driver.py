@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import subprocess
 import sys
@@ -106,10 +107,14 @@ def _prepare(device: str) -> None:
     import torch
     import transformers
 
+    from experiments import training  # noqa: F401
+
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if device == "cpu":
         torch.set_num_threads(1)
+    # Every trainer collects garbage as it starts, for half a second: not what was imported, then.
+    gc.freeze()
 
 
 def _commit() -> dict[str, Any]:

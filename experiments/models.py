@@ -52,6 +52,7 @@ class Pretraining:
     lengths: tuple[int, ...] = (32, 64, 128)
     one_hop: float = 0.6  # share of the examples; the others have two
     questions: int = 16  # asked about an example, at most
+    examples: int = 128  # of each evaluation of what was learned
 
 
 FIRST_LENGTH = 26  # words: 12 facts and a question

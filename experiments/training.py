@@ -25,7 +25,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import longact.tasks
-from experiments import arms, tasks
+from experiments import arms, models, tasks
 from experiments.measures import (
     Work,
     accuracy,
@@ -80,7 +80,7 @@ class Training:
     task: Task
     evaluations: Mapping[str, Task]
     split: Literal["validation", "test"] = "test"  # of the evaluations
-    examples: int = 128  # of an evaluation
+    examples: int = 128  # of an evaluation; 16 of them, or all, are looked at for its channels
     prompts: int = 4  # a step
     generations: int = 8  # of a prompt; SFT has prompts * generations examples a step
     micro_batch: int = 32  # sequences in a backward pass
@@ -124,7 +124,8 @@ def train(options: Mapping[str, Any], path: str, device: str) -> dict[str, Any]:
     spec = read(options)
     set_seed(spec.seed)
     model, tokenizer = load(path, device)
-    prompts = spec.task.dataset(tokenizer, 16, "validation", seed=1)["prompt"]
+    looks = min(16, spec.examples)
+    prompts = spec.task.dataset(tokenizer, looks, "validation", seed=1)["prompt"]
     before = look(model, tokenizer, prompts)
     known = (
         path,
@@ -186,12 +187,13 @@ def _scores(spec: Training, model: PreTrainedModel, tokenizer: Any) -> dict[str,
 def look_at(options: Mapping[str, Any], path: str, device: str) -> dict[str, Any]:
     """Of a pretrained model: what it recalls, and where its q and k are large."""
     model, tokenizer = load(path, device)
+    examples = models.Pretraining(**options).examples
     scores = {}
     for hops in (0, 1):
         for length in (32, 64, 128, 320, 640, 1280):
-            data = tasks.make_dataset(length, hops, examples=128, split="test", seed=0)
+            data = tasks.make_dataset(length, hops, examples=examples, split="test", seed=0)
             scores[f"{length} words, {hops} hops"] = accuracy(model, tokenizer, data, 1)
-    data = tasks.make_dataset(128, 0, examples=16, split="validation", seed=1)
+    data = tasks.make_dataset(128, 0, min(16, examples), split="validation", seed=1)
     return {
         "parameters": model.num_parameters(),
         "accuracy": scores,

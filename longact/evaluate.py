@@ -194,7 +194,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
                 "pass its file, --data data.json"
             )
         longbench2.read(path)
-    import_harness()
+    import_harness(arguments.suite)
     check_device(arguments)
     tokenizer, max_length = tokenizer_and_length(arguments)
     if arguments.suite == "longbench2":
@@ -250,8 +250,9 @@ def check_device(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--dtype {arguments.dtype}: give auto, float32, bfloat16 or float16")
 
 
-def import_harness() -> None:
-    """
+def import_harness(suite: str = "ruler") -> None:
+    """What the suite needs of it: RULER's modules take long.
+
     Raises:
         ImportError: it is missing, or lacks something of `INTERNALS`.
     """
@@ -259,14 +260,19 @@ def import_harness() -> None:
         version = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"lm-evaluation-harness is missing: {INSTALL}") from None
+    wanted = {
+        name: attributes
+        for name, attributes in INTERNALS.items()
+        if suite == "ruler" or not name.startswith(RULER)
+    }
     # It looks for nltk's data, and prints what came of it.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         try:
-            modules = {name: importlib.import_module(name) for name in INTERNALS}
+            modules = {name: importlib.import_module(name) for name in wanted}
         except ImportError as error:
             raise ImportError(f"lm-evaluation-harness {version}: {error}: {INSTALL}") from error
-    for name, wanted in INTERNALS.items():
-        for attribute, arguments in wanted.items():
+    for name, attributes in wanted.items():
+        for attribute, arguments in attributes.items():
             found = getattr(modules[name], attribute, None)
             missing = found is None or (
                 arguments and not set(arguments) <= set(inspect.signature(found).parameters)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import COMMAND, prepare_niah
 from models import tiny_model
 
 from longact import evaluate, tasks
@@ -105,6 +106,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    prepare_niah()
+    # Asks pip for all packages, at each length of each model.
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
 
 
 def parse(*words: Any) -> argparse.Namespace:
@@ -599,7 +603,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     words = [base / "model0", "--suite", "ruler", "--tasks", "ruler_fwe", "niah_multikey_1"]
     words += ["--lengths", 1024, "--limit", 1, "--data", base / "data", "--output", tmp_path / "o"]
     done = subprocess.run(
-        [sys.executable, "-m", "longact", "eval", *map(str, words)],
+        [sys.executable, "-c", COMMAND, "eval", *map(str, words)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,

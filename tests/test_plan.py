@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,14 +118,37 @@ def measured(tmp: Path, name: str) -> tuple[Estimate, Estimate]:
 
 
 CASES = [(world, name) for world in (2, 4) for name in RUNS if world == 4 or name != "hsdp"]
+QUICK = 2, "fsdp"
+
+
+def all_measured(tmp: Path, names: list[str]) -> dict[str, tuple[Estimate, Estimate]]:
+    return {name: measured(tmp, name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """What each rank found; those of a world start once for all of its slow cases."""
+    found: dict[tuple[int, bool], list[Any]] = {}
+
+    def of(world: int, name: str) -> list[Any]:
+        is_quick = (world, name) == QUICK
+        if (world, is_quick) not in found:
+            names = [n for w, n in CASES if w == world and ((w, n) == QUICK) == is_quick]
+            tmp = tmp_path_factory.mktemp("ranks")
+            found[world, is_quick] = run_ranks(world, all_measured, tmp, names)
+        return [rank[name] for rank in found[world, is_quick]]
+
+    return of
 
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    [pytest.param(*c, marks=[] if c == (2, "fsdp") else pytest.mark.slow) for c in CASES],
+    [pytest.param(*c, marks=[] if c == QUICK else pytest.mark.slow) for c in CASES],
 )
-def test_an_estimate_is_what_ranks_measure(world: int, name: str, tmp_path: Path) -> None:
-    found = run_ranks(world, measured, tmp_path, name)
+def test_an_estimate_is_what_ranks_measure(
+    world: int, name: str, ranks: Callable[..., list[Any]]
+) -> None:
+    found = ranks(world, name)
     said = found[0][0]
     assert all(other == said for other, _ in found)
     for field in Estimate._fields:

