@@ -18,6 +18,7 @@ from longact.kernels.masked_adamw import AdamWGroup, ParamUpdate, reference
 INSTRUCTION_SETS: list[str] = [] if native is None else native.instruction_sets()
 HALF = (torch.bfloat16, torch.float16)
 PAD = 64  # elements of poison on each side of a guarded buffer
+LN_10 = math.log(10)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -48,6 +49,8 @@ def assert_close(actual: Tensor, expected: Tensor, spec: Spec, what: str) -> Non
     """NaN where NaN, inf where inf, and the rest within `spec`."""
     assert actual.shape == expected.shape, f"{what}: {[*actual.shape]} {[*expected.shape]}"
     actual, expected = actual.detach().double(), expected.detach().double()
+    if bool(((actual - expected).abs() <= spec.atol + spec.rtol * expected.abs()).all()):
+        return  # what nearly every call finds, in a third of the time of all that follows
     equal = (actual == expected) | (actual.isnan() & expected.isnan())
     error = torch.where(equal, 0.0, (actual - expected).abs())
     error = torch.where(error.isnan(), torch.inf, error)
@@ -242,11 +245,9 @@ class Case:
     def new_grad(self, scale: float = 1.0) -> None:
         """Magnitudes from 1e-6 to 10, some exact zeros, and NaN in rows that are not selected."""
         grad = self.grad.tensor
-        value = self._randn(grad.shape) * 10 ** (
-            torch.rand(grad.shape, generator=self.generator) * 7 - 6
-        )
-        value = torch.where(torch.rand(grad.shape, generator=self.generator) < 0.1, 0.0, value)
-        value = (value * scale).to(grad.dtype)
+        magnitude, drawn = torch.rand((2, *grad.shape), generator=self.generator)
+        value = self._randn(grad.shape) * torch.exp(magnitude.mul_(7 * LN_10).sub_(6 * LN_10))
+        value = value.masked_fill_(drawn < 0.1, 0.0).mul_(scale).to(grad.dtype)
         if self.rows is not None:
             unread = torch.ones(grad.shape[0], dtype=torch.bool)
             value[unread.index_fill_(0, self.rows.long(), False)] = float("nan")

@@ -19,7 +19,16 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """A copy of the source tree, so that a build here leaves the checkout alone."""
-    copy = tmp_path / "source"
+    return copy_sources(tmp_path / "source")
+
+
+@pytest.fixture(scope="module")
+def built_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for the tests that build for the CPU: what one has compiled the next only links."""
+    return copy_sources(tmp_path_factory.mktemp("build") / "source")
+
+
+def copy_sources(copy: Path) -> Path:
     copy.mkdir()
     for name in SOURCES:
         shutil.copy(ROOT / name, copy)
@@ -59,8 +68,8 @@ print(longact.backends()["masked_adamw_"]["cpu"])
 """
 
 
-def test_cpu_build_has_every_instruction_set(sources: Path, tmp_path: Path) -> None:
-    done = build(sources, tmp_path / "lib", LONGACT_CUDA="0")
+def test_cpu_build_has_every_instruction_set(built_sources: Path, tmp_path: Path) -> None:
+    done = build(built_sources, tmp_path / "lib", LONGACT_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert "CPU-only build: LONGACT_CUDA=0" in done.stderr
     changed, backend = run_built(tmp_path / "lib", ONE_STEP).splitlines()
@@ -107,9 +116,9 @@ def broken_nvcc(tmp_path: Path) -> str:
 
 
 def test_auto_with_a_broken_nvcc_builds_for_the_cpu_and_says_why(
-    sources: Path, tmp_path: Path, broken_nvcc: str
+    built_sources: Path, tmp_path: Path, broken_nvcc: str
 ) -> None:
-    done = build(sources, tmp_path / "lib", LONGACT_CUDA="auto", CUDA_HOME=broken_nvcc)
+    done = build(built_sources, tmp_path / "lib", LONGACT_CUDA="auto", CUDA_HOME=broken_nvcc)
     assert done.returncode == 0, done.stderr
     script = "import longact; print(longact.backends()['masked_adamw_'])"
     backends = run_built(tmp_path / "lib", script)

@@ -369,7 +369,7 @@ def test_the_cuda_kernel_has_the_bits_of_the_cpu(
 ) -> None:
     """Aligned tensors, whose rows go in whole vectors, and others; every size of chunk."""
     kind = "none" if policy == "none" else "random"
-    shapes = [(40, 24), (20_000,), (130, 8), (3, 16_400), (200, 160), (33, 12), (5, 16_390), ()]
+    shapes = [(40, 24), (20_000,), (130, 8), (3, 16_400), (110, 160), (33, 12), (3, 16_390), ()]
     groups = [g._replace(seed=7) for g in make_groups(policy == "zero_grad")]
     for shift in (0, 1):
         results = []
@@ -384,7 +384,7 @@ def test_the_cuda_kernel_has_the_bits_of_the_cpu(
                 )
                 for i, shape in enumerate(shapes)
             ]  # fmt: skip
-            for _ in range(3):
+            for _ in range(2):
                 for case in cases:
                     case.new_grad()
                 assert table.update([case.update for case in cases], groups, 4.0) == []

@@ -671,28 +671,45 @@ def test_every_tile_is_compiled_below() -> None:
 
 # All tiles for one architecture, the smallest and the largest for the others.
 TILES = [
-    pytest.param(width, target, id=f"{width}-{target_id(target)}")
+    (width, target)
     for width in WIDTHS
     for target in NVIDIA
     if target.arch == 90 or width in (WIDTHS[0], WIDTHS[-1])
 ]
 
 
+# The metric is a division and a root of each magnitude, whatever the tile: rms has both.
 @compiled
-@pytest.mark.parametrize(("width", "target"), TILES)
-def test_select_kernels_compile_for_nvidia(width: int, target: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "target", "metric"),
+    [
+        pytest.param(width, target, metric, id=f"{width}-{target_id(target)}-{metric}")
+        for width, target in TILES
+        for metric in METRICS
+        if metric == "rms" or (width == WIDTHS[-1] and target.arch == 90)
+    ],
+)
+def test_select_kernel_compiles_for_nvidia(
+    width: int, target: Any, metric: str, tmp_path: Path
+) -> None:
     tile = topk_rows_triton._tile(width)
-    for metric, code in METRICS.items():
-        kernel = compile_("_select_kernel", target, tmp_path, METRIC=code, **tile)
-        check(kernel, target, tmp_path, tile["num_warps"])
-        # Division and square root rounded to nearest (Triton 3.4 flushes subnormal numbers).
-        ptx = kernel.asm["ptx"]
-        divisions, roots = (set(re.findall(rf"{op}\.\S*f32", ptx)) for op in ("div", "sqrt"))
-        assert divisions in (
-            [set()] if metric == "max_abs" else [{"div.rn.f32"}, {"div.rn.ftz.f32"}]
-        )
-        assert roots in ([{"sqrt.rn.f32"}, {"sqrt.rn.ftz.f32"}] if metric == "rms" else [set()])
-        assert "atom" not in ptx
+    kernel = compile_("_select_kernel", target, tmp_path, METRIC=METRICS[metric], **tile)
+    check(kernel, target, tmp_path, tile["num_warps"])
+    # Division and square root rounded to nearest (Triton 3.4 flushes subnormal numbers).
+    ptx = kernel.asm["ptx"]
+    divisions, roots = (set(re.findall(rf"{op}\.\S*f32", ptx)) for op in ("div", "sqrt"))
+    assert divisions in ([set()] if metric == "max_abs" else [{"div.rn.f32"}, {"div.rn.ftz.f32"}])
+    assert roots in ([{"sqrt.rn.f32"}, {"sqrt.rn.ftz.f32"}] if metric == "rms" else [set()])
+    assert "atom" not in ptx
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("width", "target"),
+    [pytest.param(width, target, id=f"{width}-{target_id(target)}") for width, target in TILES],
+)
+def test_topk_kernel_compiles_for_nvidia(width: int, target: Any, tmp_path: Path) -> None:
+    tile = topk_rows_triton._tile(width)
     check(compile_("_topk_kernel", target, tmp_path, **tile), target, tmp_path, tile["num_warps"])
 
 
