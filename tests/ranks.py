@@ -5,7 +5,10 @@ from __future__ import annotations
 import datetime
 import itertools
 import multiprocessing
+import tempfile
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +32,90 @@ TIMEOUT = datetime.timedelta(seconds=120)  # of a collective: nothing hangs
 
 
 def start_ranks(world: int, target: Callable[..., None], *args: Any) -> None:
-    """`target(rank, *args)` in processes of their own, until all have ended."""
+    """`target(rank, *args)` in new processes of their own, until all have ended."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     mp.start_processes(target, args, nprocs=world, start_method="forkserver")
 
 
+class _Ranks:
+    """Ranks that do one thing after another: a start, with what PyTorch makes at its first DTensor,
+    costs more than most of what they do."""
+
+    def __init__(self, world: int) -> None:
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        context = multiprocessing.get_context("forkserver")
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(world):
+            here, there = context.Pipe()
+            # A daemon: killed where this process ends.
+            arguments = (rank, world, self.folder.name, there)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, worker: Callable[..., Any], tmp: Path, args: tuple[Any, ...]) -> None:
+        for pipe in self.pipes:
+            pipe.send((worker, tmp, args))
+        waiting = list(self.pipes)
+        while waiting:
+            for pipe in wait(waiting):
+                assert isinstance(pipe, Connection)
+                waiting.remove(pipe)
+                rank = self.pipes.index(pipe)
+                try:
+                    error = pipe.recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    error = f"ended, with exit code {self.processes[rank].exitcode}"
+                if error is not None:
+                    raise RuntimeError(f"{worker.__name__}{args} on rank {rank}: {error}")
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_RANKS: dict[int, _Ranks] = {}
+
+
 def run_ranks(world: int, worker: Callable[..., Any], tmp: Path, *args: Any) -> list[Any]:
-    """`worker(tmp, *args)` on gloo ranks; what each returned."""
+    """`worker(tmp, *args)` on gloo ranks, which may have run others; what each returned."""
+    ranks = _RANKS.pop(world, None) or _Ranks(world)
+    try:
+        ranks.run(worker, tmp, args)
+    except BaseException:
+        ranks.end()  # others may wait for one that failed
+        raise
+    _RANKS[world] = ranks
+    return _found(world, tmp)
+
+
+def run_new_ranks(world: int, worker: Callable[..., Any], tmp: Path, *args: Any) -> list[Any]:
+    """`run_ranks` for what leaves something behind in its process."""
     start_ranks(world, _rank, world, worker, str(tmp), args)
+    return _found(world, tmp)
+
+
+def _found(world: int, tmp: Path) -> list[Any]:
     return [torch.load(tmp / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
+    join(rank, world, folder)
+    while True:
+        worker, tmp, args = pipe.recv()
+        torch.manual_seed(0)
+        error = None
+        try:
+            torch.save(worker(tmp, *args), tmp / f"rank{rank}.pt")
+        except BaseException:  # pytest.fail's is not an Exception
+            error = traceback.format_exc()
+        pipe.send(error)
 
 
 def _rank(rank: int, world: int, worker: Callable[..., Any], tmp: str, args: Any) -> None:

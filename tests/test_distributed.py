@@ -24,6 +24,7 @@ import longact
 from longact.distributed import ChangedRows, RowHookState, allreduce_rows, write_rows
 
 STEPS = 20
+FEWER = 9  # each example has had each of its lengths
 MOMENTS = ("exp_avg", "exp_avg_sq", "ages")
 
 
@@ -123,10 +124,10 @@ def train_in(tmp: Path, run: Run, world: int, steps: int) -> tuple[list[Any], Ro
     return train(run, world, steps)
 
 
-def single(name: str, world: int) -> list[Any]:
+def single(name: str, world: int, steps: int) -> list[Any]:
     """Of one process, which sees the data of all ranks."""
     with threads(1):
-        return train(RUNS[name], world, STEPS)[0]
+        return train(RUNS[name], world, steps)[0]
 
 
 RUNS = {
@@ -159,11 +160,11 @@ ON_FOUR = ("no_sync, clip", "unused", "hook, no_sync, bucket views")
 )
 def test_ddp_ranks_are_one_process(name: str, world: int, tmp_path: Path) -> None:
     """Parameters, moments and ages within 1e-7, the same rows; ranks are equal to the last bit."""
-    run = RUNS[name]
-    found = run_ranks(world, train_in, tmp_path, run, world, STEPS)
+    run, steps = RUNS[name], STEPS if name in ("plain", "no_sync, clip", "hook") else FEWER
+    found = run_ranks(world, train_in, tmp_path, run, world, steps)
     for history, _ in found[1:]:
         compare(history, found[0][0], rtol=0)
-    compare(found[0][0], single(name, world), rtol=1e-7)
+    compare(found[0][0], single(name, world, steps), rtol=1e-7)
     if not run.adam:
         check_untouched(found[0][0])
 

@@ -17,7 +17,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import backward, check_untouched, compare, run_ranks
+from ranks import backward, check_untouched, compare, run_new_ranks, run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
@@ -42,6 +42,7 @@ from longact.rows import Shard as RowShard
 from longact.rows import local_row_buffer, local_rows
 
 STEPS = 20
+FEWER = 9  # each example has had each of its lengths
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "ages")
 
 
@@ -186,8 +187,8 @@ def _sharded(tmp: Path, run: Run, steps: int) -> list[Any]:
 
 
 def _single(run: Run, world: int, steps: int) -> list[Any]:
-    """Of one process, a new one as the ranks are: libraries that other tests load into this one
-    change the last bits of bf16 matmuls."""
+    """Of one process, made as the ranks are: libraries that other tests load into this one change
+    the last bits of bf16 matmuls."""
     with tempfile.TemporaryDirectory() as tmp:
         history: list[Any] = run_ranks(1, _alone, Path(tmp), run, world, steps)[0]
     return history
@@ -232,9 +233,9 @@ def _slow_but(first: str, names: Iterable[str]) -> list[Any]:
 
 @pytest.mark.parametrize("name", _slow_but("apply first", EXACT))
 def test_ranks_with_the_same_data_are_one_process(name: str, tmp_path: Path) -> None:
-    run = EXACT[name]
-    history = _whole(run_ranks(2, _sharded, tmp_path, run, STEPS))
-    compare(history, _single(run, 2, STEPS), rtol=0)
+    run, steps = EXACT[name], STEPS if name == "apply first" else FEWER
+    history = _whole(run_ranks(2, _sharded, tmp_path, run, steps))
+    compare(history, _single(run, 2, steps), rtol=0)
     if run.adam.get("inactive") != "zero_grad" and run.adam.get("state") != "compact":
         check_untouched(history)
 
@@ -258,8 +259,9 @@ DIFFERENT = {
 def test_ranks_with_different_tokens_are_one_process(name: str, world: int, tmp_path: Path) -> None:
     """Uneven shards (6 rows), empty ones (2 rows, on 4 ranks), and ranks that count nothing."""
     run = replace(DIFFERENT[name], same_data=False, dtype=torch.float64, config=NARROW)
-    history = _whole(run_ranks(world, _sharded, tmp_path, run, STEPS))
-    compare(history, _single(run, world, STEPS), rtol=1e-7)
+    steps = STEPS if name == "apply first" else FEWER
+    history = _whole(run_ranks(world, _sharded, tmp_path, run, steps))
+    compare(history, _single(run, world, steps), rtol=1e-7)
     if run.adam.get("state") != "compact":
         check_untouched(history)
 
@@ -270,9 +272,9 @@ def test_mixed_precision(option: dict[str, Any], tmp_path: Path) -> None:
     """bf16 computes, fp32 is trained."""
     run = Run(compute=torch.bfloat16, **option)
     (tmp_path / "one").mkdir()
-    history = _whole(run_ranks(2, _sharded, tmp_path, run, STEPS))
+    history = _whole(run_ranks(2, _sharded, tmp_path, run, FEWER))
     assert history[-1][f"{models.Q0}.weight"].dtype == torch.float32
-    compare(history, _whole(run_ranks(1, _sharded, tmp_path / "one", run, STEPS)), rtol=0)
+    compare(history, _whole(run_ranks(1, _sharded, tmp_path / "one", run, FEWER)), rtol=0)
     check_untouched(history)
 
 
@@ -532,7 +534,6 @@ def _dense(tmp: Path) -> None:
     ours = longact.FusedMaskedAdam(params[0], lr=1e-2, amsgrad=True)
     torchs = torch.optim.AdamW(params[1], lr=1e-2, amsgrad=True)
     longact.set_rows(params[0][0], range(5))  # replicated, with all rows
-    entries: list[Any] = []
     for step in range(5):
         for mine, other in zip(*params, strict=True):
             grad = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
@@ -542,9 +543,8 @@ def _dense(tmp: Path) -> None:
                     param.grad = distribute_tensor(grad.clone(), mesh, param.placements)
         ours.step()
         torchs.step()
-        tables = ours._tables[torch.device("cpu")]._entries
-        assert step == 0 or all(a is b for a, b in zip(tables, entries, strict=True))
-        entries = list(tables)
+        # A parameter that was entered anew would call it.
+        ours._tables[torch.device("cpu")]._set = None  # type: ignore[assignment]
     for mine, other in zip(*params, strict=True):
         torch.testing.assert_close(mine, other)
         for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
@@ -666,7 +666,7 @@ def test_accelerate_prepares_model_and_optimizer(
     ram: bool, checkpointing: bool, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate")
-    history = _whole(run_ranks(2, _accelerated, tmp_path, ram, checkpointing))
+    history = _whole(run_new_ranks(2, _accelerated, tmp_path, ram, checkpointing))
     compare(history, _single(CLIPPED, 2, 4), rtol=1e-7)
     check_untouched(history)
 

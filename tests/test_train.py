@@ -16,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="needs the rl extra")
-from helpers import assert_same_tree
+from helpers import assert_same_tree, one_thread
 from models import QK, assert_same_params, params_of, tiny_model
 from trainers import prompts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -98,14 +98,14 @@ def final_state(folder: Path, step: int = 12) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures(one_thread.__name__)  # as the processes have
 @pytest.mark.parametrize("recipe", ["grpo", "dapo"])
 def test_a_killed_run_resumed_equals_an_uninterrupted_one(
     recipe: str, base: Path, tmp_path: Path
 ) -> None:
     dapo = {"dynamic_sampling_reward": "parity"} if recipe == "dapo" else {"beta": 0.04}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run(recipe, *arguments(base, whole, **dapo))
-    assert done.returncode == 0, done.stderr[-4000:]
+    train(read_config(recipe, arguments(base, whole, **dapo)))
 
     # Checkpoints are in the middle of what was generated: each batch trains four steps.
     process = subprocess.Popen(
@@ -148,8 +148,7 @@ def _evaluated(folder: Path, file: str = "eval_results.json") -> dict[str, float
 
 
 def test_freezing_others_saves_a_delta_that_gives_the_model(base: Path, tmp_path: Path) -> None:
-    done = run("grpo", *arguments(base, tmp_path, others="freeze", max_steps=2))
-    assert done.returncode == 0, done.stderr
+    train(read_config("grpo", arguments(base, tmp_path, others="freeze", max_steps=2)))
     trained = AutoModelForCausalLM.from_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(base / "model")
     start = params_of(model)

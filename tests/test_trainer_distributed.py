@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ pytest.importorskip("trl", reason="needs the rl extra")
 HERE = Path(__file__).parent
 
 
-def run(folder: Path, kind: str, *, resume: str = "") -> list[dict[str, torch.Tensor]]:
-    """The final state of both ranks."""
-    folder.mkdir(exist_ok=True)
-    arguments = [str(folder), kind, resume]
+KINDS = ("trainer", "grpo")
+
+
+def run(folder: Path, *, resume: Path | None = None) -> list[dict[str, Any]]:
+    """The final states of both ranks, by kind."""
+    arguments = [str(folder), *([] if resume is None else [str(resume)])]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -36,17 +39,23 @@ def run(folder: Path, kind: str, *, resume: str = "") -> list[dict[str, torch.Te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["trainer", "grpo"])
-def test_two_ranks_resume_between_refreshes(kind: str, tmp_path: Path) -> None:
+def test_two_ranks_resume_between_refreshes(tmp_path: Path) -> None:
     """Rows are chosen at steps 2, 4, 6 and the checkpoint is of step 3: what both ranks counted
     since step 2 is in it."""
-    whole = run(tmp_path / "whole", kind)
-    assert_same_tree(whole[0], whole[1])  # replicas
-    resumed = run(tmp_path / "resumed", kind, resume=str(tmp_path / "whole" / "checkpoint-3"))
-    assert_same_tree(whole, resumed)
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "whole")
+    for kind in KINDS:
+        assert_same_tree(whole[0][kind], whole[1][kind], kind)  # replicas
+        for before, after in zip(whole, resumed, strict=True):
+            assert_same_tree(before[kind], after[kind], kind)
 
 
-def main(folder: str, kind: str, resume: str = "") -> None:
+def main(folder: str, resume: str | None = None) -> None:
+    states = {kind: trained(kind, Path(folder), resume) for kind in KINDS}
+    torch.save(states, f"{folder}/rank{os.environ['RANK']}.pt")
+
+
+def trained(kind: str, folder: Path, resume: str | None) -> dict[str, Any]:
     from models import tiny_model
     from trainers import make_trainer, state_of
 
@@ -54,7 +63,7 @@ def main(folder: str, kind: str, resume: str = "") -> None:
 
     trainer = make_trainer(
         kind,
-        Path(folder),
+        folder / kind,
         model=tiny_model(seed=1 if resume else 0),
         per_device_train_batch_size=2,  # groups of 4 completions straddle the ranks
         ddp_backend="gloo",
@@ -63,11 +72,11 @@ def main(folder: str, kind: str, resume: str = "") -> None:
         save_steps=3,
     )
     handle = apply_to_trainer(trainer, refresh_every=2)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=resume and f"{resume}/{kind}/checkpoint-3")
     state = state_of(trainer, handle)
     counts = state["longact"]["projections"]
     assert all(entry["tokens"] == 0 for entry in counts.values())  # step 6 refreshed
-    torch.save(state, f"{folder}/rank{os.environ['RANK']}.pt")
+    return state
 
 
 if __name__ == "__main__":
