@@ -29,7 +29,7 @@ __all__ = [
 
 @torch.no_grad()
 def accuracy(
-    model: PreTrainedModel, tokenizer: Any, dataset: Dataset, completion: int, batch: int = 32
+    model: PreTrainedModel, tokenizer: Any, dataset: Dataset, completion: int, batch: int = 16
 ) -> float:
     """Share of the prompts that greedy decoding answers in full, by `recall_reward`."""
     model.eval()

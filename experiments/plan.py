@@ -101,14 +101,15 @@ def tuning(config: Mapping[str, Any], group: Mapping[str, Any]) -> list[Run]:
 def candidates(
     config: Mapping[str, Any], group: Mapping[str, Any], method: str, arm: str
 ) -> list[Run]:
-    """One arm's runs at the learning rates of its kind."""
+    """One arm's runs at the learning rates of its kind, with the evaluation that chooses alone."""
     tune = group["tuning"]
     kind = "sparse" if arm.startswith("sparse") else "others"
+    judged = {**group, "evaluations": dict([next(iter(group["evaluations"].items()))])}
     return [
         Run(
             "train",
             "tune",
-            _spec(config, group, method, arm, rate, tune["seed"], split="validation"),
+            _spec(config, judged, method, arm, rate, tune["seed"], split="validation"),
         )
         for rate in tune["learning_rates"][method][kind]
     ]

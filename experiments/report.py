@@ -213,11 +213,11 @@ def _setting(run: Run) -> str:
 
 
 class Store:
-    """The records of a configuration."""
+    """The records of a configuration, and of others that add runs to it."""
 
-    def __init__(self, records: Iterable[Record], config: str, says: Mapping[str, str]) -> None:
-        self.config = config
-        self.records = [record for record in records if record["config"] == config]
+    def __init__(self, records: Iterable[Record], says: Mapping[str, str], *configs: str) -> None:
+        self.configs = configs
+        self.records = [record for record in records if record["config"] in configs]
         order = {arm: i for i, arm in enumerate(says)}
         self.bases = _latest(self._of("pretrain", "base"), _spec)
         self.selections = _latest(self._of("selection"), _spec)
@@ -387,7 +387,7 @@ def _corrected(family: Family) -> dict[Comparison, float]:
 def page(records: Iterable[Record], says: Mapping[str, str]) -> str:
     """The text of docs/results.md: the same records, the same text."""
     records = list(records)
-    main, small = (Store(records, name, says) for name in ("main", "smollm2"))
+    main, small = Store(records, says, "main", "options"), Store(records, says, "smollm2")
     families = _families(main)
     parts = [
         ["# Do salient rows help?"],
@@ -402,11 +402,11 @@ def page(records: Iterable[Record], says: Mapping[str, str]) -> str:
         _picture(main, "rewards"),
         *(_method(main, method, families) for method in main.methods),
         _others(main, families),
-        _same_rate(Store(records, "same_rate", says)),
+        _same_rate(Store(records, says, "same_rate")),
         ["## Where the magnitude is"],
         _concentration(main),
         _picture(main, "concentration"),
-        _emergence(Store(records, "emergence", says)),
+        _emergence(Store(records, says, "emergence")),
         ["## What the selection does"],
         _selection(main),
         _picture(main, "moved"),
@@ -433,7 +433,7 @@ def _intro() -> list[str]:
 
 
 def _found(store: Store, family: Family) -> list[str]:
-    command = f"`python -m experiments run --config {store.config}`"
+    command = f"`python -m experiments run --config {store.configs[0]}`"
     corrected = _corrected(family)
     head = ["verdict", "difference", "p, t test", "p, sign flips", "p, Holm", "n"]
 
@@ -486,9 +486,11 @@ def _how(
     records = [*main.records, *small.records]
     commits = sorted({r["commit"][:12] + ("+" if r.get("dirty") else "") for r in records})
     versions = sorted({f"{k} {v}" for r in records for k, v in r["versions"].items()})
-    hours = math.fsum(_cpu_seconds(r) for r in records) / 3600
+    # A base that two configurations look at is one piece of work.
+    hours = math.fsum(_cpu_seconds(r) for r in {_when(r): r for r in records}.values()) / 3600
     counts = [
-        f"{s.config}: bases {len(s.bases)}, tuning runs {len(s.tuning)}, final runs {len(s.runs)}"
+        f"{' and '.join(s.configs)}: bases {len(s.bases)}, tuning runs {len(s.tuning)}, "
+        f"final runs {len(s.runs)}"
         for s in (main, small)
     ]
     comparisons = sum(map(len, families.values()))
@@ -518,6 +520,10 @@ def _how(
         "",
         *_tuning(main),
     ]
+
+
+def _when(record: Record) -> tuple[str, str]:
+    return record["key"], record["finished"]
 
 
 def _cpu_seconds(record: Record) -> float:
@@ -737,6 +743,8 @@ def _others(store: Store, families: Mapping[str, Family]) -> list[str]:
         return [*lines, "", "-"]
     lines += [
         "",
+        *_code(f"python -m experiments run --config {store.configs[1]}"),
+        "",
         *_prose(
             "Variants, each against the arm that it is a variant of (longact, or sparse). Tables "
             "and differences as above; Holm within each method."
@@ -772,7 +780,7 @@ def _same_rate(store: Store) -> list[str]:
     lines = [
         "## At the same learning rate",
         "",
-        *_code(f"python -m experiments run --config {store.config}"),
+        *_code(f"python -m experiments run --config {store.configs[0]}"),
         "",
         *_prose(
             "Tuning has one run at each rate, and may give an arm another rate than the others by "
@@ -1152,7 +1160,7 @@ class Picture(NamedTuple):
 
 def figures(records: Iterable[Record], says: Mapping[str, str]) -> dict[str, Any]:
     """Name -> matplotlib Figure, of those that there is something to draw for."""
-    store = Store(records, "main", says)
+    store = Store(records, says, "main", "options")
     return {name: p.draw(store) for name, p in PICTURES.items() if p.shown(store)}
 
 

@@ -178,6 +178,8 @@ def test_stages_come_in_order_each_run_once() -> None:
     for run in [*tuning, *final]:
         assert run.spec.get("prompts") == (2 if run.spec["method"] == "sft" else None)
         assert run.spec["base"]["seed"] == 7 + run.spec["seed"] % 2
+    assert {tuple(run.spec["evaluations"]) for run in tuning} == {("1x",)}  # that which chooses
+    assert {tuple(run.spec["evaluations"]) for run in final} == {("1x", "2x")}
     # What the store has is not planned again; of two groups that ask for the same, one run.
     records = {run.key: done(run) for run in [*base, *tune[:3], *tune[4:]]}
     assert plan(CONFIG, records) == [tune[3]]

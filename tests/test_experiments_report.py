@@ -442,6 +442,15 @@ def test_sft_has_no_reward() -> None:
     assert cells(text, "full", "0.001", "2", after="### SFT")[7:9] == ["-", "-"]
 
 
+def test_options_are_compared_with_main_and_a_base_counts_once() -> None:
+    """The records of the two configurations are those of one, but for the bases of both."""
+    records = store({"longact": 0.0, "head": 0.1}, methods=["grpo"], seeds=2)
+    moved = [{**r, "config": "options"} if r["spec"].get("arm") == "head" else r for r in records]
+    again = [{**r, "config": "options"} for r in records if r["stage"] == "base"]
+    assert again
+    assert page(moved + again, SAYS) == page(records, SAYS)
+
+
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in items:
