@@ -729,15 +729,30 @@ def _check_ranks(selections: Sequence[Selection]) -> None:
 
 
 def _warn_if(selection: Selection, code: int) -> None:
-    """Once for each selection."""
-    if code == NOT_FINITE and not selection.warned:
-        selection.warned = True
-        warnings.warn(
-            f"{selection.name}: non-finite activations; its previous selection stays. Look for "
-            "inf or NaN in the forward, or for too large a loss scale",
-            LongActWarning,
-            stacklevel=4,
+    if code == NOT_FINITE:
+        _warn(
+            selection,
+            "non-finite activations; its previous selection stays. Look for inf or NaN in the "
+            "forward, or for too large a loss scale",
         )
+
+
+def _warn_if_nothing_counted(selections: Sequence[Selection]) -> None:
+    """At a step by which they should have been chosen, all of them."""
+    if selections and all(s.rows is None and not s.warned for s in selections):
+        _warn(
+            selections[0],
+            "nothing was counted before this step, which trains all rows, of this projection and "
+            "of all others. Only forwards of the model that longact.apply was given count, in "
+            "training mode and with gradients: call that model, not its layers",
+        )
+
+
+def _warn(selection: Selection, what: str) -> None:
+    """Once for each selection."""
+    if not selection.warned:
+        selection.warned = True
+        warnings.warn(f"{selection.name}: {what}", LongActWarning, stacklevel=5)
 
 
 def _choose(selection: Selection, rows: Tensor) -> None:
@@ -796,6 +811,7 @@ def before_step(selections: Iterable[Selection]) -> None:
             first.append(selection)
     refresh(first)
     _choose_unions(by_forward)
+    _warn_if_nothing_counted([*first, *by_forward])
 
 
 def _choose_unions(selections: list[Selection]) -> None:

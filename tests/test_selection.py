@@ -566,7 +566,10 @@ def test_a_step_without_counted_tokens_keeps_the_rows() -> None:
     optimizer = adam(model)
     ids = token_ids()
     before = params_of(model)
-    model.eval()  # and before the first selection all rows train
+    model.eval()  # and before the first selection all rows train, which is told once
+    with pytest.warns(longact.LongActWarning, match=f"{Q0}: nothing was counted") as warned:
+        train_step(model, optimizer, ids)
+    assert len(warned) == 1
     train_step(model, optimizer, ids)
     assert handle.rows == dict.fromkeys(QK)
     assert projection_changes(before, model)[K1] == list(range(32))
@@ -582,6 +585,17 @@ def test_a_step_without_counted_tokens_keeps_the_rows() -> None:
     loss.backward()
     optimizer.step()
     assert all(handle.rows[name] is rows[name] for name in QK)
+
+
+def test_nothing_counted_by_any_forward_is_told() -> None:
+    """Of layers that are called past the model's own forward."""
+    model = tiny_model()
+    handle = longact.apply(model, refresh_every="forward")
+    hidden = torch.randn(2, 5, model.config.hidden_size)
+    model.get_submodule(Q0)(hidden).square().mean().backward()
+    with pytest.warns(longact.LongActWarning, match=f"{Q0}: nothing was counted"):
+        adam(model).step()
+    assert handle.rows[Q0] is None
 
 
 def test_an_unchanged_selection_keeps_its_tensor() -> None:
