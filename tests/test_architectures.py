@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -327,7 +328,7 @@ def run(model: Any) -> Recorded:
     entry = ARCHITECTURES[model.config.model_type]
     attentions = list(dict.fromkeys(a for _, a, _, _ in projections_of(model, entry)))
     with torch.no_grad(), recording(model, attentions) as seen:
-        model(input_ids=IDS)
+        model(input_ids=IDS, use_cache=False)
     if not seen:
         pytest.skip("this transformers attends inside of the class")
     return seen
@@ -450,6 +451,13 @@ def test_a_row_moves_the_channel_that_it_claims_and_no_other(case: str) -> None:
         for norm in (*entry.norms.values(), "qk_norm"):
             if hasattr(attention, norm):
                 setattr(attention, norm, nn.Identity())
+    inputs: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def keep_inputs(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs[module] = copy.deepcopy((args, kwargs))  # layers may share what they write to
+
+    for _, attention, _, _ in found:
+        attention.register_forward_pre_hook(keep_inputs, with_kwargs=True)
     start = run(model)
     for name, attention, linear, all_heads in found:
         claimed = torch.cat([heads.rows.flatten() for heads in all_heads])
@@ -465,8 +473,11 @@ def test_a_row_moves_the_channel_that_it_claims_and_no_other(case: str) -> None:
             with torch.no_grad():
                 kept = linear.weight[row].clone()
                 linear.weight[row].add_(1.0)
-                now = run(model)[attention]
+                args, kwargs = copy.deepcopy(inputs[attention])
+                with recording(model, [attention]) as seen:
+                    attention(*args, **kwargs)
                 linear.weight[row].copy_(kept)
+            now = seen[attention]
             kinds = [heads.kind for heads in all_heads]
             for kind in ("q", "k"):
                 if kind not in kinds:
