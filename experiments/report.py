@@ -6,36 +6,49 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import statistics as plain
 import textwrap
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.figures import PICTURES, figures
+from experiments.findings import (
+    CHANCE,
+    CLAIMS,
+    KINDS,
+    MAIN,
+    MAIN_ARMS,
+    REFERENCES,
+    Comparison,
+    Family,
+    Findings,
+    Record,
+    against,
+    as_text,
+    details,
+    estimate_of,
+    families_of,
+    family_of,
+    head_overlap,
+    holm_corrected,
+    layers_of,
+    moved_overlap,
+    natural,
+    setting_of,
+    task_text,
+    variant_of,
+)
 from experiments.statistics import (
     ALPHA,
     FEWEST,
     RESAMPLES,
-    Difference,
     Estimate,
-    difference,
     estimate,
-    holm,
     verdict,
 )
 
-__all__ = ["figures", "page", "report"]
-
-Record = Mapping[str, Any]
-Values = dict[tuple[str, Hashable], float]  # of a method, and a base and a seed
-
-METHODS = ("sft", "grpo", "dapo")
-LENGTHS = ("1x", "2x", "4x")
-KINDS = ("q", "k", "v")
-PRETRAINING = "pretraining"  # the evaluation that training may make worse
-CHANCE = 0.3  # experiments.measures.moved compares 30 % of the rows with 30 %
+__all__ = ["page", "report"]
 
 
 def report(records: Iterable[Record], folder: Path, says: Mapping[str, str] | None = None) -> None:
@@ -85,23 +98,6 @@ def _complete(record: Record, defaults: Mapping[str, Any]) -> Record:
     return {**record, "spec": {**defaults, **record["spec"]}}
 
 
-# ---- records -> runs -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training run, with all that is told of it in one flat mapping."""
-
-    method: str
-    arm: str
-    learning_rate: float
-    seed: int
-    unit: Hashable  # base and seed: what runs of other arms are paired by
-    measures: Mapping[str, float]  # what it does not have is not in it
-    before: Mapping[str, float]  # accuracy
-    record: Record
-
-
 class Column(NamedTuple):
     measure: str
     format: str
@@ -127,268 +123,14 @@ SELECTION = (
 )
 
 
-def _run(record: Record) -> Run:
-    spec, metrics = record["spec"], record["metrics"]
-    before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
-    curves = metrics.get("curves", {})
-    reward = curves.get("reward", [])
-    steps = len(curves.get("loss", [])) or spec["steps"]  # taken: DAPO can end early
-    trained = _trained(spec)
-    measures = {
-        **after,
-        "validation": next(iter(after.values()), None),
-        "forgetting": _minus(after.get(PRETRAINING), before.get(PRETRAINING)),
-        "final reward": _mean(reward[-max(1, len(reward) // 10) :]),
-        "mean reward": _mean(reward),
-        "GFLOP a step": metrics["flops"] / steps / 1e9,
-        "gain per PFLOP": _minus(after.get(trained), before.get(trained), metrics["flops"] / 1e15),
-        "trained rows": metrics.get("trained_rows"),
-        "share of abs. activation": _mean(curves.get("activation_share", [])),
-        "overlap, steps": _mean(curves.get("overlap", [])),
-        "overlap, first and last": metrics.get("first_last_overlap"),
-    }
-    for kind in KINDS:
-        share = [metrics[when]["concentration"][kind]["top_share"] for when in ("before", "after")]
-        measures[f"share {kind}"] = share[1]
-        measures[f"concentration {kind}"] = share[1] - share[0]
-        measures[f"changed in bf16, {kind}"] = metrics["moved"][kind]["bf16_changed"]
-        measures[f"moved {kind}"] = _mean(metrics["moved"][kind]["overlap"])
-    return Run(
-        spec["method"],
-        spec["arm"],
-        spec["learning_rate"],
-        spec["seed"],
-        (_text(spec["base"]), spec["seed"]),
-        {name: value for name, value in measures.items() if value is not None},
-        before,
-        record,
-    )
-
-
-def _trained(spec: Mapping[str, Any]) -> str:
-    """The evaluation of the task that is trained on."""
-    same = [
-        name for name, task in spec["evaluations"].items() if _task(task) == _task(spec["task"])
-    ]
-    return min(same, default=LENGTHS[0], key=_natural)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return plain.fmean(values) if values else None
-
-
-def _minus(one: float | None, other: float | None, scale: float = 1.0) -> float | None:
-    return None if one is None or other is None or not scale else (one - other) / scale
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-def _natural(name: str) -> list[Any]:
-    """Sorts 2x before 16x."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _latest(records: Iterable[Record], identity: Callable[[Record], Hashable]) -> list[Record]:
-    """The last of those that are one run, in an order that does not depend on the store's."""
-    ordered = sorted(records, key=lambda r: (r["finished"], r["key"]))
-    return sorted({identity(record): record for record in ordered}.values(), key=_spec)
-
-
-def _spec(record: Record) -> str:
-    return _text(record["spec"])
-
-
-def _cell(record: Record) -> Hashable:
-    """What a run is, whatever its learning rate."""
-    spec = record["spec"]
-    return spec["method"], spec["arm"], _text(spec["base"]), spec["seed"]
-
-
-def _setting(run: Run) -> str:
-    """What runs must have in common to be compared."""
-    own = {"method", "arm", "learning_rate", "seed", "base"}
-    return _text({key: value for key, value in run.record["spec"].items() if key not in own})
-
-
-class Store:
-    """The records of a configuration, and of others that add runs to it."""
-
-    def __init__(self, records: Iterable[Record], says: Mapping[str, str], *configs: str) -> None:
-        self.configs = configs
-        self.records = [record for record in records if record["config"] in configs]
-        order = {arm: i for i, arm in enumerate(says)}
-        self.bases = _latest(self._of("pretrain", "base"), _spec)
-        self.selections = _latest(self._of("selection"), _spec)
-        self.tuning = [_run(record) for record in _latest(self._of("train", "tune"), _spec)]
-        self.runs = [_run(record) for record in _latest(self._of("train", "final"), _cell)]
-        self.runs.sort(key=lambda run: (order.get(run.arm, len(order)), run.arm))
-        found = dict.fromkeys(run.method for run in self.runs)
-        self.methods = [*(m for m in METHODS if m in found), *sorted(found.keys() - METHODS)]
-        self.arms = list(dict.fromkeys(run.arm for run in self.runs))
-        names = {name for run in self.runs for name in run.record["spec"]["evaluations"]}
-        self.evaluations = sorted(names - {PRETRAINING}, key=_natural)
-
-    def _of(self, kind: str, stage: str | None = None) -> list[Record]:
-        return [r for r in self.records if r["kind"] == kind and stage in (None, r["stage"])]
-
-    def of(self, arm: str, method: str | None = None) -> list[Run]:
-        """Runs of an arm; `method=None`: of all methods."""
-        return [run for run in self.runs if run.arm == arm and method in (None, run.method)]
-
-    def values(self, measure: str, arm: str, method: str | None = None) -> Values:
-        return {
-            (run.method, run.unit): run.measures[measure]
-            for run in self.of(arm, method)
-            if measure in run.measures
-        }
-
-    def estimate(self, measure: str, arm: str, method: str | None = None) -> Estimate | None:
-        return _estimate(self.values(measure, arm, method))
-
-    def difference(
-        self, arm: str, other: str, method: str | None = None, measure: str = LENGTHS[0]
-    ) -> Difference | None:
-        """Of one arm and the other, over the bases and seeds that both have."""
-        settings = [
-            {(run.method, run.unit): _setting(run) for run in self.of(name, method)}
-            for name in (arm, other)
-        ]
-        alike = {key for key in settings[0] if settings[0][key] == settings[1].get(key)}
-        one, two = (
-            {k: v for k, v in self.values(measure, name, method).items() if k in alike}
-            for name in (arm, other)
-        )
-        return difference(one, two, _unit)
-
-    def concentration(self, kind: str, measure: str = "top_share") -> dict[Hashable, float]:
-        """Of the pretrained bases."""
-        return {_spec(base): base["metrics"]["concentration"][kind][measure] for base in self.bases}
-
-
-def _unit(key: tuple[str, Hashable]) -> Hashable:
-    return key[1]
-
-
-def _estimate(values: Mapping[tuple[str, Hashable], float]) -> Estimate | None:
-    return estimate(values.values(), map(_unit, values))
-
-
-# ---- claims --------------------------------------------------------------------------------------
-
-
-class Comparison(NamedTuple):
-    """Of two arms, or of two of q, k and v; `method=None`: over all methods."""
-
-    arm: str
-    other: str
-    method: str | None = None
-    measure: str = LENGTHS[0]
-
-
-class Claim(NamedTuple):
-    text: str
-    comparison: Comparison
-
-
-SHARE = "top share"  # of |activation|, in the bases
-CLAIMS = (
-    Claim(
-        "(a) q concentrates its magnitude in few channels, v does not",
-        Comparison("q", "v", measure=SHARE),
-    ),
-    Claim("(a) k does, v does not", Comparison("k", "v", measure=SHARE)),
-    Claim(
-        "(b) updating only the salient rows of q and k beats the full update",
-        Comparison("longact", "full"),
-    ),
-    Claim("(c) it is the salience: better than random rows", Comparison("longact", "random")),
-    Claim("(c) better than the lowest rows", Comparison("longact", "lowest")),
-    Claim(
-        "(d) with all else frozen: better than random rows", Comparison("sparse", "sparse random")
-    ),
-    Claim("(d) better than the lowest rows", Comparison("sparse", "sparse lowest")),
-    Claim("(d) better than all rows", Comparison("sparse", "sparse all")),
-    Claim("(e) q and k matter, not v", Comparison("longact", "v")),
-    Claim("(e) with all else frozen", Comparison("sparse", "sparse v")),
-    Claim("(f) it beats the full update with GRPO", Comparison("longact", "full", "grpo")),
-    Claim("(f) with DAPO", Comparison("longact", "full", "dapo")),
-    *(
-        Claim(
-            f"(g) it does at {length}, longer than trained",
-            Comparison("longact", "full", None, length),
-        )
-        for length in LENGTHS[1:]
-    ),
-)
-
-#: Those that a claim names; the others are compared with the one that they are a variant of.
-MAIN_ARMS = {arm for _, c in CLAIMS if c.measure != SHARE for arm in (c.arm, c.other)}
-REFERENCES = ("full", "random")
-
-Family = dict[Comparison, Difference]  # what is corrected together
-
-
-def _against(arms: Sequence[str], reference: str) -> list[tuple[str, str]]:
-    """What is compared with a reference; with another reference is done the other way round."""
-    done = REFERENCES[: REFERENCES.index(reference) + 1]
-    return [(arm, reference) for arm in arms if arm not in done]
-
-
-def _variant_of(arm: str) -> str:
-    return "sparse" if arm.startswith("sparse") else "longact"
-
-
-def _family(store: Store, comparisons: Iterable[Comparison]) -> Family:
-    found = {}
-    for c in dict.fromkeys(comparisons):
-        if c.measure == SHARE:
-            result = difference(store.concentration(c.arm), store.concentration(c.other))
-        else:
-            result = store.difference(*c)
-        if result is not None:
-            found[c] = result
-    return found
-
-
-def _details(store: Store) -> list[Comparison]:
-    """Claim (b) at each length, per method and over all of them."""
-    return [
-        Comparison("longact", "full", method, length)
-        for method in (*store.methods, None)
-        for length in LENGTHS
-    ]
-
-
-def _families(store: Store) -> dict[str, Family]:
-    """Of the claims, and of each method's tables: against the references, and of the variants."""
-    main = [arm for arm in store.arms if arm in MAIN_ARMS]
-    others = [arm for arm in store.arms if arm not in MAIN_ARMS]
-    families = {"claims": _family(store, [*(c.comparison for c in CLAIMS), *_details(store)])}
-    for method in store.methods:
-        against = [pair for other in REFERENCES for pair in _against(main, other)]
-        variants = [(arm, _variant_of(arm)) for arm in others]
-        for name, pairs in (("main", against), ("others", variants)):
-            families[f"{method} {name}"] = _family(
-                store,
-                [Comparison(*pair, method, at) for pair in pairs for at in store.evaluations],
-            )
-    return families
-
-
-def _corrected(family: Family) -> dict[Comparison, float]:
-    return holm({comparison: found.t_p for comparison, found in family.items()})
-
-
 # ---- the page ------------------------------------------------------------------------------------
 
 
 def page(records: Iterable[Record], says: Mapping[str, str]) -> str:
     """The text of docs/results.md: the same records, the same text."""
     records = list(records)
-    main, small = Store(records, says, "main", "options"), Store(records, says, "smollm2")
-    families = _families(main)
+    main, small = Findings(records, says, *MAIN), Findings(records, says, "smollm2")
+    families = families_of(main)
     parts = [
         ["# Do salient rows help?"],
         _intro(),
@@ -402,11 +144,11 @@ def page(records: Iterable[Record], says: Mapping[str, str]) -> str:
         _picture(main, "rewards"),
         *(_method(main, method, families) for method in main.methods),
         _others(main, families),
-        _same_rate(Store(records, says, "same_rate")),
+        _same_rate(Findings(records, says, "same_rate")),
         ["## Where the magnitude is"],
         _concentration(main),
         _picture(main, "concentration"),
-        _emergence(Store(records, says, "emergence")),
+        _emergence(Findings(records, says, "emergence")),
         ["## What the selection does"],
         _selection(main),
         _picture(main, "moved"),
@@ -432,9 +174,9 @@ def _intro() -> list[str]:
     ]
 
 
-def _found(store: Store, family: Family) -> list[str]:
-    command = f"`python -m experiments run --config {store.configs[0]}`"
-    corrected = _corrected(family)
+def _found(findings: Findings, family: Family) -> list[str]:
+    command = f"`python -m experiments run --config {findings.configs[0]}`"
+    corrected = holm_corrected(family)
     head = ["verdict", "difference", "p, t test", "p, sign flips", "p, Holm", "n"]
 
     def row(name: str, comparison: Comparison) -> list[str]:
@@ -475,13 +217,13 @@ def _found(store: Store, family: Family) -> list[str]:
         "",
         *_table(
             ["method, length", *head],
-            [row(f"{c.method or 'all methods'}, {c.measure}", c) for c in _details(store)],
+            [row(f"{c.method or 'all methods'}, {c.measure}", c) for c in details(findings)],
         ),
     ]
 
 
 def _how(
-    main: Store, small: Store, families: Mapping[str, Family], says: Mapping[str, str]
+    main: Findings, small: Findings, families: Mapping[str, Family], says: Mapping[str, str]
 ) -> list[str]:
     records = [*main.records, *small.records]
     commits = sorted({r["commit"][:12] + ("+" if r.get("dirty") else "") for r in records})
@@ -530,10 +272,10 @@ def _cpu_seconds(record: Record) -> float:
     return float(record.get("cpu_seconds", record["seconds"] * record.get("threads", 1)))
 
 
-def _models(store: Store) -> list[str]:
+def _models(findings: Findings) -> list[str]:
     groups: dict[str, list[Record]] = {}
-    for base in store.bases:
-        groups.setdefault(_text({**base["spec"], "seed": None}), []).append(base)
+    for base in findings.bases:
+        groups.setdefault(as_text({**base["spec"], "seed": None}), []).append(base)
     fields = {
         "model": ("architecture",),
         "layers x width": ("layers", "width"),
@@ -551,8 +293,8 @@ def _models(store: Store) -> list[str]:
             str(len(bases)),
         ]
 
-    accuracy = [base["metrics"]["accuracy"] for base in store.bases]
-    names = sorted({name for scores in accuracy for name in scores}, key=_natural)
+    accuracy = [base["metrics"]["accuracy"] for base in findings.bases]
+    names = sorted({name for scores in accuracy for name in scores}, key=natural)
     return [
         *_table([*fields, "parameters", "seeds"], map(row, groups.values())),
         "",
@@ -563,22 +305,22 @@ def _models(store: Store) -> list[str]:
     ]
 
 
-def _training(store: Store) -> list[str]:
+def _training(findings: Findings) -> list[str]:
     rows = []
-    for method in store.methods:
-        runs = [run for run in store.runs if run.method == method]
-        for setting in sorted({_setting(run) for run in runs}):
+    for method in findings.methods:
+        runs = [run for run in findings.runs if run.method == method]
+        for setting in sorted({setting_of(run) for run in runs}):
             spec = json.loads(setting)
-            same = [run for run in runs if _setting(run) == setting]
-            tasks = {name: _task(task) for name, task in spec["evaluations"].items()}
+            same = [run for run in runs if setting_of(run) == setting]
+            tasks = {name: task_text(task) for name, task in spec["evaluations"].items()}
             rows.append(
                 [
                     method,
-                    _task(spec["task"]),
+                    task_text(spec["task"]),
                     f"{spec['steps']:,}",
                     f"{spec.get('prompts', '-')} x {spec.get('generations', '-')}",
                     f"{spec.get('examples', '-')} ({spec.get('split', '-')})",
-                    "; ".join(f"{name}: {tasks[name]}" for name in sorted(tasks, key=_natural)),
+                    "; ".join(f"{name}: {tasks[name]}" for name in sorted(tasks, key=natural)),
                     str(len({run.unit for run in same})),
                     str(len(same)),
                 ]
@@ -587,22 +329,17 @@ def _training(store: Store) -> list[str]:
     return _table([*head, "evaluations", "seeds", "runs"], rows)
 
 
-def _task(task: Mapping[str, Any]) -> str:
-    options = [f"{key} {value}" for key, value in sorted(task.get("options", {}).items())]
-    return ", ".join([f"{task.get('name', 'recall')} of {task['length']:,}", *options])
-
-
-def _tuning(store: Store) -> list[str]:
-    grids, used = _grids(store), _used(store)
+def _tuning(findings: Findings) -> list[str]:
+    grids, used = _grids(findings), _used(findings)
     rates = sorted({rate for grid in grids.values() for rate in grid})
-    seeds = ", ".join(map(str, sorted({run.seed for run in store.tuning}))) or "-"
+    seeds = ", ".join(map(str, sorted({run.seed for run in findings.tuning}))) or "-"
 
     def show(cell: Cell, rate: float) -> str:
         if (score := grids.get(cell, {}).get(rate)) is None:
             return "-"
         return f"**{score:.3f}**" if rate in used[cell] else f"{score:.3f}"
 
-    chosen = _chosen(store)
+    chosen = _chosen(findings)
     best = sum(grid[rate] == max(grid.values()) for rate, grid in chosen)
     return [
         *_prose(
@@ -623,10 +360,10 @@ def _tuning(store: Store) -> list[str]:
 Cell = tuple[str, str]  # method and arm
 
 
-def _grids(store: Store) -> dict[Cell, dict[float, float]]:
+def _grids(findings: Findings) -> dict[Cell, dict[float, float]]:
     """Learning rate -> validation accuracy, of each method and arm that was tuned."""
     scores: dict[Cell, dict[float, list[float]]] = {}
-    for run in store.tuning:
+    for run in findings.tuning:
         if "validation" in run.measures:
             grid = scores.setdefault((run.method, run.arm), {})
             grid.setdefault(run.learning_rate, []).append(run.measures["validation"])
@@ -636,27 +373,27 @@ def _grids(store: Store) -> dict[Cell, dict[float, float]]:
     }
 
 
-def _chosen(store: Store) -> list[tuple[float, dict[float, float]]]:
+def _chosen(findings: Findings) -> list[tuple[float, dict[float, float]]]:
     """Learning rates of the final runs, each with the grid that it is from."""
-    used = _used(store)
+    used = _used(findings)
     return [
         (rate, grid)
-        for cell, grid in _grids(store).items()
+        for cell, grid in _grids(findings).items()
         for rate in sorted(used[cell])
         if rate in grid
     ]
 
 
-def _used(store: Store) -> dict[Cell, set[float]]:
+def _used(findings: Findings) -> dict[Cell, set[float]]:
     """Learning rates of the final runs, of each method and arm that was tuned or run."""
-    tuned = {(run.method, run.arm) for run in store.tuning}
-    arms = [*store.arms, *sorted({arm for _, arm in tuned} - set(store.arms))]
-    methods = [*store.methods, *sorted({method for method, _ in tuned} - set(store.methods))]
+    tuned = {(run.method, run.arm) for run in findings.tuning}
+    arms = [*findings.arms, *sorted({arm for _, arm in tuned} - set(findings.arms))]
+    methods = [*findings.methods, *sorted({method for method, _ in tuned} - set(findings.methods))]
     return {
-        (method, arm): {run.learning_rate for run in store.of(arm, method)}
+        (method, arm): {run.learning_rate for run in findings.of(arm, method)}
         for method in methods
         for arm in arms
-        if (method, arm) in tuned or store.of(arm, method)
+        if (method, arm) in tuned or findings.of(arm, method)
     }
 
 
@@ -664,34 +401,34 @@ def _rates(rates: Iterable[float]) -> str:
     return ", ".join(f"{rate:g}" for rate in sorted(rates)) or "-"
 
 
-def _arms_table(store: Store, method: str, arms: Iterable[str]) -> list[str]:
-    columns = [*(Column(name, ".3f") for name in store.evaluations), *TRAINING]
+def _arms_table(findings: Findings, method: str, arms: Iterable[str]) -> list[str]:
+    columns = [*(Column(name, ".3f") for name in findings.evaluations), *TRAINING]
 
     def row(arm: str) -> list[str]:
-        runs = store.of(arm, method)
-        cells = [_show(store.estimate(c.measure, arm, method), c.format) for c in columns]
+        runs = findings.of(arm, method)
+        cells = [_show(findings.estimate(c.measure, arm, method), c.format) for c in columns]
         return [arm, _rates({run.learning_rate for run in runs}), str(len(runs)), *cells]
 
     before = {
-        (run.method, run.unit): run.before for run in store.runs if run.method == method
+        (run.method, run.unit): run.before for run in findings.runs if run.method == method
     }  # the same of every arm
     start = [
-        _show(_estimate({k: a[name] for k, a in before.items() if name in a}), ".3f")
-        for name in store.evaluations
+        _show(estimate_of({k: a[name] for k, a in before.items() if name in a}), ".3f")
+        for name in findings.evaluations
     ]
     return _table(
         ["arm", "lr", "n", *(c.measure for c in columns)],
         [
             ["before", "-", str(len(before)), *start, *("-" for _ in TRAINING)],
-            *(row(arm) for arm in arms if store.of(arm, method)),
+            *(row(arm) for arm in arms if findings.of(arm, method)),
         ],
     )
 
 
 def _differences(
-    store: Store, family: Family, method: str, pairs: Iterable[tuple[str, str]]
+    findings: Findings, family: Family, method: str, pairs: Iterable[tuple[str, str]]
 ) -> list[str]:
-    corrected = _corrected(family)
+    corrected = holm_corrected(family)
 
     def cell(comparison: Comparison) -> str:
         if (found := family.get(comparison)) is None:
@@ -700,11 +437,11 @@ def _differences(
         return f"{_show(found.estimate, '+.3f')}, {p}"
 
     return _table(
-        ["difference", *store.evaluations],
+        ["difference", *findings.evaluations],
         [
-            [f"{a} - {b}", *(cell(Comparison(a, b, method, at)) for at in store.evaluations)]
+            [f"{a} - {b}", *(cell(Comparison(a, b, method, at)) for at in findings.evaluations)]
             for a, b in pairs
-            if store.of(a, method)
+            if findings.of(a, method)
         ],
     )
 
@@ -718,13 +455,13 @@ def _columns() -> list[str]:
     )
 
 
-def _method(store: Store, method: str, families: Mapping[str, Family]) -> list[str]:
-    main = [arm for arm in store.arms if arm in MAIN_ARMS]
+def _method(findings: Findings, method: str, families: Mapping[str, Family]) -> list[str]:
+    main = [arm for arm in findings.arms if arm in MAIN_ARMS]
     family = families[f"{method} main"]
     lines = [
         f"### {method.upper()}",
         "",
-        *_arms_table(store, method, main),
+        *_arms_table(findings, method, main),
         "",
         *_prose(
             "Paired differences, with p of the t test and in brackets after Holm over the "
@@ -732,55 +469,58 @@ def _method(store: Store, method: str, families: Mapping[str, Family]) -> list[s
         ),
     ]
     for other in REFERENCES:
-        lines += ["", *_differences(store, family, method, _against(main, other))]
+        lines += ["", *_differences(findings, family, method, against(main, other))]
     return lines
 
 
-def _others(store: Store, families: Mapping[str, Family]) -> list[str]:
-    others = [arm for arm in store.arms if arm not in MAIN_ARMS]
+def _others(findings: Findings, families: Mapping[str, Family]) -> list[str]:
+    others = [arm for arm in findings.arms if arm not in MAIN_ARMS]
     lines = ["## Other arms"]
     if not others:
         return [*lines, "", "-"]
     lines += [
         "",
-        *_code(f"python -m experiments run --config {store.configs[1]}"),
+        *_code(f"python -m experiments run --config {findings.configs[1]}"),
         "",
         *_prose(
             "Variants, each against the arm that it is a variant of (longact, or sparse). Tables "
             "and differences as above; Holm within each method."
         ),
     ]
-    for method in store.methods:
-        if not any(store.of(arm, method) for arm in others):
+    for method in findings.methods:
+        if not any(findings.of(arm, method) for arm in others):
             continue
-        references = [arm for arm in ("longact", "sparse") if store.of(arm, method)]
+        references = [arm for arm in ("longact", "sparse") if findings.of(arm, method)]
         lines += [
             "",
             f"### {method.upper()}: other arms",
             "",
-            *_arms_table(store, method, [*references, *others]),
+            *_arms_table(findings, method, [*references, *others]),
             "",
             *_differences(
-                store,
+                findings,
                 families[f"{method} others"],
                 method,
-                [(arm, _variant_of(arm)) for arm in others],
+                [(arm, variant_of(arm)) for arm in others],
             ),
         ]
     return lines
 
 
-def _same_rate(store: Store) -> list[str]:
+def _same_rate(findings: Findings) -> list[str]:
     """The main arms where the learning rate is no difference between them."""
-    if not store.runs:
+    if not findings.runs:
         return []
     pairs = [
-        pair for other in REFERENCES if other in store.arms for pair in _against(store.arms, other)
+        pair
+        for other in REFERENCES
+        if other in findings.arms
+        for pair in against(findings.arms, other)
     ]
     lines = [
         "## At the same learning rate",
         "",
-        *_code(f"python -m experiments run --config {store.configs[0]}"),
+        *_code(f"python -m experiments run --config {findings.configs[0]}"),
         "",
         *_prose(
             "Tuning has one run at each rate, and may give an arm another rate than the others by "
@@ -788,20 +528,21 @@ def _same_rate(store: Store) -> list[str]:
             "results above were seen: no claim is judged by it."
         ),
     ]
-    for method in store.methods:
-        family = _family(
-            store, [Comparison(*pair, method, at) for pair in pairs for at in store.evaluations]
+    for method in findings.methods:
+        family = family_of(
+            findings,
+            [Comparison(*pair, method, at) for pair in pairs for at in findings.evaluations],
         )
         lines += [
             "",
-            *_arms_table(store, method, store.arms),
+            *_arms_table(findings, method, findings.arms),
             "",
-            *_differences(store, family, method, pairs),
+            *_differences(findings, family, method, pairs),
         ]
     return lines
 
 
-def _concentration(store: Store) -> list[str]:
+def _concentration(findings: Findings) -> list[str]:
     columns = {"top_share": "top 30 % of the channels", "largest_over_median": "largest / median"}
     return [
         *_prose(
@@ -815,11 +556,12 @@ def _concentration(store: Store) -> list[str]:
             [
                 [
                     kind,
-                    _show(estimate(store.concentration(kind).values()), ".3f"),
+                    _show(estimate(findings.concentration(kind).values()), ".3f"),
                     _show(
-                        estimate(store.concentration(kind, "largest_over_median").values()), ".2f"
+                        estimate(findings.concentration(kind, "largest_over_median").values()),
+                        ".2f",
                     ),
-                    str(len(store.bases)),
+                    str(len(findings.bases)),
                 ]
                 for kind in KINDS
             ],
@@ -827,22 +569,22 @@ def _concentration(store: Store) -> list[str]:
     ]
 
 
-def _emergence(store: Store) -> list[str]:
+def _emergence(findings: Findings) -> list[str]:
     """The pretrained models of a configuration, by what their specifications do not share."""
     groups: dict[str, list[Record]] = {}
-    for base in store.bases:
-        groups.setdefault(_text({**base["spec"], "seed": None}), []).append(base)
+    for base in findings.bases:
+        groups.setdefault(as_text({**base["spec"], "seed": None}), []).append(base)
     specs = [dict(json.loads(text)) for text in groups]
     differing = [
         name
         for name in sorted({name for spec in specs for name in spec})
-        if len({_text(spec.get(name)) for spec in specs}) > 1
+        if len({as_text(spec.get(name)) for spec in specs}) > 1
     ]
     if not differing:
         return []
 
-    lengths = {n for base in store.bases for n in base["metrics"]["accuracy"] if "0 hops" in n}
-    longest = max(lengths, key=_natural)
+    lengths = {n for base in findings.bases for n in base["metrics"]["accuracy"] if "0 hops" in n}
+    longest = max(lengths, key=natural)
 
     def row(spec: Mapping[str, Any], bases: Sequence[Record]) -> list[str]:
         found = [base["metrics"] for base in bases]
@@ -880,7 +622,7 @@ def _emergence(store: Store) -> list[str]:
     ]
 
 
-def _selection(store: Store) -> list[str]:
+def _selection(findings: Findings) -> list[str]:
     return [
         *_prose(
             "What a step selects: share of the rows of q and k, what they carry of |activation|, "
@@ -890,24 +632,24 @@ def _selection(store: Store) -> list[str]:
             "model after RL):"
         ),
         "",
-        *_selection_table(store),
+        *_selection_table(findings),
         "",
         *_prose(
             "Overlap of the rows that the full update moves most with those that were salient "
             f"before (chance: {CHANCE}), mean over the layers, and layer by layer:"
         ),
         "",
-        *_moved_layers(store),
+        *_moved_layers(findings),
         "",
         "The same within each head, mean over all methods:",
         "",
-        *_moved_heads(store),
+        *_moved_heads(findings),
         "",
-        *_overlaps(store),
+        *_overlaps(findings),
     ]
 
 
-def _selection_table(store: Store) -> list[str]:
+def _selection_table(findings: Findings) -> list[str]:
     return _table(
         ["method", "arm", "n", *(c.measure for c in SELECTION)],
         [
@@ -915,63 +657,40 @@ def _selection_table(store: Store) -> list[str]:
                 method,
                 arm,
                 str(len(runs)),
-                *(_show(store.estimate(c.measure, arm, method), c.format) for c in SELECTION),
+                *(_show(findings.estimate(c.measure, arm, method), c.format) for c in SELECTION),
             ]
-            for method in store.methods
-            for arm in store.arms
-            if (runs := store.of(arm, method))
+            for method in findings.methods
+            for arm in findings.arms
+            if (runs := findings.of(arm, method))
         ],
     )
 
 
-def _moved(store: Store, kind: str, layer: int, method: str | None = None) -> Values:
-    """Overlap of moved and salient rows in one layer, of the runs that mask nothing."""
-    overlaps = {
-        (run.method, run.unit): run.record["metrics"]["moved"][kind]["overlap"]
-        for run in store.of("full", method)
-    }
-    return {key: layers[layer] for key, layers in overlaps.items() if layer < len(layers)}
-
-
-def _head(store: Store, kind: str, layer: int, head: int) -> Values:
-    overlaps = {
-        (run.method, run.unit): run.record["metrics"]["moved"][kind]["head_overlap"]
-        for run in store.of("full")
-    }
-    return {
-        key: layers[layer][head]
-        for key, layers in overlaps.items()
-        if layer < len(layers) and head < len(layers[layer])
-    }
-
-
-def _layers(store: Store) -> range:
-    moved = [run.record["metrics"]["moved"]["q"]["overlap"] for run in store.of("full")]
-    return range(max(map(len, moved), default=0))
-
-
-def _moved_layers(store: Store) -> list[str]:
-    layers = _layers(store)
+def _moved_layers(findings: Findings) -> list[str]:
+    layers = layers_of(findings)
     return _table(
         ["method", "", "all layers", *(f"layer {layer}" for layer in layers)],
         [
             [
                 method,
                 kind,
-                _show(store.estimate(f"moved {kind}", "full", method), ".3f"),
-                *(_show(_estimate(_moved(store, kind, i, method)), ".3f") for i in layers),
+                _show(findings.estimate(f"moved {kind}", "full", method), ".3f"),
+                *(
+                    _show(estimate_of(moved_overlap(findings, kind, i, method)), ".3f")
+                    for i in layers
+                ),
             ]
-            for method in store.methods
+            for method in findings.methods
             for kind in KINDS
         ],
     )
 
 
-def _moved_heads(store: Store) -> list[str]:
-    layers = _layers(store)
+def _moved_heads(findings: Findings) -> list[str]:
+    layers = layers_of(findings)
     counts = [
         len(heads)
-        for run in store.of("full")
+        for run in findings.of("full")
         for kind in KINDS
         for heads in run.record["metrics"]["moved"][kind]["head_overlap"]
     ]
@@ -979,17 +698,21 @@ def _moved_heads(store: Store) -> list[str]:
     return _table(
         ["", "layer", *(f"head {head}" for head in heads)],
         [
-            [kind, str(i), *(_show(_estimate(_head(store, kind, i, h)), ".3f") for h in heads)]
+            [
+                kind,
+                str(i),
+                *(_show(estimate_of(head_overlap(findings, kind, i, h)), ".3f") for h in heads),
+            ]
             for kind in KINDS
             for i in layers
         ],
     )
 
 
-def _overlaps(store: Store) -> list[str]:
-    metrics = [record["metrics"] for record in store.selections]
+def _overlaps(findings: Findings) -> list[str]:
+    metrics = [record["metrics"] for record in findings.selections]
     lengths = sorted(
-        {n for m in metrics for kind in m.get("lengths", {}).values() for n in kind}, key=_natural
+        {n for m in metrics for kind in m.get("lengths", {}).values() for n in kind}, key=natural
     )
 
     def show(*path: str) -> str:
@@ -1016,9 +739,9 @@ def _overlaps(store: Store) -> list[str]:
     ]
 
 
-def _small(store: Store) -> list[str]:
-    columns = [*(Column(name, ".3f") for name in store.evaluations), *TRAINING, *SELECTION]
-    ordered = sorted(store.runs, key=lambda run: store.methods.index(run.method))
+def _small(findings: Findings) -> list[str]:
+    columns = [*(Column(name, ".3f") for name in findings.evaluations), *TRAINING, *SELECTION]
+    ordered = sorted(findings.runs, key=lambda run: findings.methods.index(run.method))
     lines = [
         *_code("python -m experiments run --config smollm2", "python -m experiments report"),
         "",
@@ -1030,7 +753,7 @@ def _small(store: Store) -> list[str]:
         *_table(
             ["method", "arm", "seed", "lr", *(c.measure for c in columns)],
             [
-                *_before(store, len(TRAINING) + len(SELECTION)),
+                *_before(findings, len(TRAINING) + len(SELECTION)),
                 *(
                     [
                         run.method,
@@ -1044,32 +767,32 @@ def _small(store: Store) -> list[str]:
             ],
         ),
     ]
-    return [*lines, "", *_overlaps(store)] if store.selections else lines
+    return [*lines, "", *_overlaps(findings)] if findings.selections else lines
 
 
-def _before(store: Store, others: int) -> list[list[str]]:
+def _before(findings: Findings, others: int) -> list[list[str]]:
     """A row for each set of scores that the runs of a configuration found before they trained."""
     rows = [
         (
             run.method,
             "before",
             *"--",
-            *(_number(run.before.get(name), ".3f") for name in store.evaluations),
+            *(_number(run.before.get(name), ".3f") for name in findings.evaluations),
             *"-" * others,
         )
-        for method in store.methods
-        for run in store.runs
+        for method in findings.methods
+        for run in findings.runs
         if run.method == method
     ]
     return [list(row) for row in dict.fromkeys(rows)]
 
 
-def _limits(store: Store) -> list[str]:
-    chosen = _chosen(store)
+def _limits(findings: Findings) -> list[str]:
+    chosen = _chosen(findings)
     edges = sum(rate in (min(grid), max(grid)) for rate, grid in chosen)
-    bases = len({_text(run.record["spec"]["base"]) for run in store.runs})
-    seeds = len({run.seed for run in store.runs})
-    sizes = sorted({base["metrics"]["parameters"] for base in store.bases})
+    bases = len({as_text(run.record["spec"]["base"]) for run in findings.runs})
+    seeds = len({run.seed for run in findings.runs})
+    sizes = sorted({base["metrics"]["parameters"] for base in findings.bases})
     size = " and ".join(f"{n / 1e6:.2f}" for n in sizes) or "-"
     items = [
         f"The models have {size} million parameters and are pretrained on the task family that "
@@ -1144,188 +867,6 @@ def _n(found: Estimate) -> str:
     return f"{found.seeds}{pairs}"
 
 
-def _picture(store: Store, name: str) -> list[str]:
+def _picture(findings: Findings, name: str) -> list[str]:
     picture = PICTURES[name]
-    return [f"![{picture.title}](results/{name}.png)"] if picture.shown(store) else []
-
-
-# ---- figures -------------------------------------------------------------------------------------
-
-
-class Picture(NamedTuple):
-    title: str
-    shown: Callable[[Store], bool]  # whether there is something to draw
-    draw: Callable[[Store], Any]
-
-
-def figures(records: Iterable[Record], says: Mapping[str, str]) -> dict[str, Any]:
-    """Name -> matplotlib Figure, of those that there is something to draw for."""
-    store = Store(records, says, "main", "options")
-    return {name: p.draw(store) for name, p in PICTURES.items() if p.shown(store)}
-
-
-def _axes(rows: int, columns: int, height: float = 3.2, width: float = 4.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure((width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey="row")
-
-
-def _sides(store: Store) -> dict[str, list[str]]:
-    """The main arms: those that train all else, and those that freeze it."""
-    main = [arm for arm in store.arms if arm in MAIN_ARMS]
-    sides = {
-        title: [arm for arm in main if _variant_of(arm) == name]
-        for title, name in (("all else trained", "longact"), ("all else frozen", "sparse"))
-    }
-    return {title: arms for title, arms in sides.items() if arms}
-
-
-def _rewarded(store: Store) -> list[str]:
-    return [
-        m
-        for m in store.methods
-        if any("mean reward" in run.measures for run in store.runs if run.method == m)
-    ]
-
-
-def _draw_rewards(store: Store) -> Any:
-    import numpy as np
-
-    methods = _rewarded(store)
-    figure, axes = _axes(len(methods), len(_sides(store)))
-    for method, line in zip(methods, axes, strict=True):
-        for (title, arms), axis in zip(_sides(store).items(), line, strict=True):
-            for color, arm in enumerate(arms):
-                runs = store.of(arm, method)
-                curves = [r.record["metrics"].get("curves", {}).get("reward", []) for r in runs]
-                curves = [_smooth(curve) for curve in curves if curve]
-                if not curves:
-                    continue
-                values = np.array([curve[: min(map(len, curves))] for curve in curves])
-                mean, error = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
-                error = error / math.sqrt(len(values))
-                steps = np.arange(1, len(mean) + 1)
-                axis.plot(steps, mean, color=f"C{color}", lw=1.2, label=f"{arm} ({len(values)})")
-                axis.fill_between(steps, mean - error, mean + error, color=f"C{color}", alpha=0.15)
-            _label(axis, f"{method.upper()}, {title}", "step", "reward (band: standard error)")
-    return figure
-
-
-def _smooth(curve: Sequence[float]) -> list[float]:
-    """Mean of the last twentieth of the steps."""
-    width = max(1, len(curve) // 20)
-    return [plain.fmean(curve[max(0, i + 1 - width) : i + 1]) for i in range(len(curve))]
-
-
-def _draw_lengths(store: Store) -> Any:
-    figure, axes = _axes(len(store.methods), len(_sides(store)))
-    for method, line in zip(store.methods, axes, strict=True):
-        for (title, arms), axis in zip(_sides(store).items(), line, strict=True):
-            for color, arm in enumerate(arms):
-                points = [
-                    (i + 0.06 * (color - (len(arms) - 1) / 2), found)
-                    for i, name in enumerate(store.evaluations)
-                    if (found := store.estimate(name, arm, method)) is not None
-                ]
-                _points(axis, points, color, arm, "o-")
-            axis.set_xticks(range(len(store.evaluations)), store.evaluations)
-            _label(axis, f"{method.upper()}, {title}", "length, of the trained one", "accuracy")
-    return figure
-
-
-def _draw_concentration(store: Store) -> Any:
-    figure, [[axis]] = _axes(1, 1, 3.4, 7.5)
-    groups: dict[str, list[Estimate | None]] = {
-        "pretrained": [estimate(store.concentration(kind).values()) for kind in KINDS]
-    }
-    for method in store.methods:
-        for arm in ("full", "longact"):
-            groups[f"{method}\n{arm}"] = [
-                store.estimate(f"share {kind}", arm, method) for kind in KINDS
-            ]
-    for color, kind in enumerate(KINDS):
-        points = [
-            (i + 0.27 * (color - 1), group[color])
-            for i, group in enumerate(groups.values())
-            if group[color] is not None
-        ]
-        axis.bar([x for x, _ in points], [e.mean for _, e in points if e], 0.25, label=kind)
-        _points(axis, points, "black", None, "none")
-    axis.axhline(CHANCE, color="gray", ls=":", lw=1)
-    axis.set_xticks(range(len(groups)), groups)
-    _label(axis, "Share of |activation| in the top 30 % of the channels", "", "share")
-    return figure
-
-
-def _draw_moved(store: Store) -> Any:
-    methods = [method for method in store.methods if store.of("full", method)]
-    figure, axes = _axes(1, len(methods), 3.2, 3.8)
-    for method, axis in zip(methods, axes[0], strict=True):
-        for color, kind in enumerate(KINDS):
-            points = [
-                (i + 0.06 * (color - 1), found)
-                for i in _layers(store)
-                if (found := _estimate(_moved(store, kind, i, method))) is not None
-            ]
-            _points(axis, points, color, kind, "o-")
-        axis.axhline(CHANCE, color="gray", ls=":", lw=1, label="chance")
-        axis.set_xticks(_layers(store))
-        axis.set_ylim(0, 1)
-        _label(axis, f"{method.upper()}, full update", "layer", "overlap of moved and salient")
-    return figure
-
-
-def _points(
-    axis: Any, points: Sequence[tuple[float, Any]], color: int | str, label: str | None, style: str
-) -> None:
-    """Means with their intervals."""
-    if not points:
-        return
-    x, found = zip(*points, strict=True)
-    mean = [e.mean for e in found]
-    # A percentile interval need not hold the mean.
-    low = [0.0 if math.isnan(e.low) else max(0.0, e.mean - e.low) for e in found]
-    high = [0.0 if math.isnan(e.high) else max(0.0, e.high - e.mean) for e in found]
-    axis.errorbar(
-        x,
-        mean,
-        [low, high],
-        fmt=style,
-        color=color if isinstance(color, str) else f"C{color}",
-        lw=1,
-        ms=3,
-        capsize=2,
-        label=label,
-    )
-
-
-def _label(axis: Any, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel(x, fontsize=8)
-    axis.set_ylabel(y, fontsize=8)
-    axis.tick_params(labelsize=7)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=6)
-
-
-PICTURES = {
-    "lengths": Picture(
-        "Accuracy of each arm by length", lambda store: bool(_sides(store)), _draw_lengths
-    ),
-    "rewards": Picture(
-        "Mean reward of each step",
-        lambda store: bool(_rewarded(store) and _sides(store)),
-        _draw_rewards,
-    ),
-    "concentration": Picture(
-        "What the top 30 % of the channels of q, k and v carry",
-        lambda store: bool(store.bases),
-        _draw_concentration,
-    ),
-    "moved": Picture(
-        "Overlap of moved and salient rows in each layer",
-        lambda store: bool(_layers(store)),
-        _draw_moved,
-    ),
-}
+    return [f"![{picture.title}](results/{name}.png)"] if picture.shown(findings) else []

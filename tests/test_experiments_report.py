@@ -17,9 +17,10 @@ pytest.importorskip("scipy", reason="needs scipy")
 # experiments is not installed; last, so that the longact that is tested is the installed one.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from experiments import report as module
+
 from experiments import statistics
-from experiments.report import figures, page, report
+from experiments.figures import PICTURES, figures
+from experiments.report import page, report
 from experiments.statistics import Difference, Estimate, difference, estimate, holm, verdict
 from experiments.store import Store
 
@@ -539,7 +540,7 @@ def test_files(tmp_path: Path) -> None:
     text = (tmp_path / "results.md").read_text()
     pictures = {path.name for path in (tmp_path / "results").iterdir()}
     assert pictures == set(re.findall(r"\(results/(.+?)\)", text))
-    assert pictures == {f"{name}.png" for name in module.PICTURES}
+    assert pictures == {f"{name}.png" for name in PICTURES}
     assert all(path.stat().st_size < 150_000 for path in (tmp_path / "results").iterdir())
     # A figure of other records does not stay.
     report([], tmp_path, SAYS)
@@ -729,7 +730,7 @@ def test_the_documentation_is_what_the_store_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 10_000)
-    root = Path(module.__file__).parents[1]
+    root = Path(__file__).parents[1]
     stores = [Store(path) for path in sorted((root / "experiments" / "results").glob("*.jsonl"))]
     report([record for store in stores for record in store.records.values()], tmp_path)
     assert (tmp_path / "results.md").read_text() == (root / "docs" / "results.md").read_text()
