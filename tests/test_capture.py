@@ -478,6 +478,7 @@ def test_activation_checkpointing_changes_no_bit(
     assert_same_params(*models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "options"),
     [

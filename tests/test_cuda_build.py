@@ -20,6 +20,7 @@ from native_builds import WHY_NO_BUILD, build, build_target, load
 NVCC = shutil.which("nvcc")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(WHY_NO_BUILD is not None, reason=WHY_NO_BUILD or ""),
     pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
 ]

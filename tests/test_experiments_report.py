@@ -17,7 +17,6 @@ pytest.importorskip("scipy", reason="needs scipy")
 # experiments is not installed; last, so that the longact that is tested is the installed one.
 sys.path.append(str(Path(__file__).parents[1]))
 
-
 from experiments import statistics
 from experiments.figures import PICTURES, figures
 from experiments.report import page, report

@@ -640,6 +640,7 @@ print(forwards.counted)
 """
 
 
+@pytest.mark.slow
 def test_liger_loss_counts_alike(tmp_path: Path) -> None:
     """Liger replaces the forward of the model with one that computes no logits; its kernels run in
     Triton's interpreter here."""

@@ -818,7 +818,12 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dynamic"), [("cycles", True), ("cycles", False), ("remainder", True)]
+    ("kind", "dynamic"),
+    [
+        ("cycles", True),
+        pytest.param("cycles", False, marks=pytest.mark.slow),
+        pytest.param("remainder", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path, kind: str, dynamic: bool

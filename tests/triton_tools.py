@@ -103,7 +103,13 @@ def no_reads_by_the_host() -> Iterator[None]:
 
 # ---- compiled for GPUs that are not here ---------------------------------------------------------
 
-compiled = pytest.mark.skipif(INTERPRETED, reason="compiled where the kernels are not interpreted")
+
+def compiled(test: Callable[..., None]) -> Callable[..., None]:
+    """For a test that compiles kernels."""
+    skip = pytest.mark.skipif(INTERPRETED, reason="compiled where the kernels are not interpreted")
+    return pytest.mark.slow(skip(test))  # type: ignore[no-any-return]
+
+
 NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)]
 AMD = GPUTarget("hip", "gfx942", 64)
 #: Shared memory that one block may have, in bytes (CUDA C++ programming guide, table 30).
