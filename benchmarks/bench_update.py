@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import longact
-from longact.kernels.channel_magnitude import channel_magnitude
+from longact.kernels.channel_magnitude import channel_magnitude, channel_magnitude_unchecked
 from longact.kernels.masked_adamw import AdamWGroup, ParamUpdate, reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -554,12 +554,17 @@ def bench_layer(
     check_magnitude(y, None)
     check_magnitude(y, mask)
     check_row_grad(weight_grad(salient), rows, x, dy)
-    # Each magnitude follows a forward, and finds y where that left it, as in SalientLinear.
+    totals, counted = torch.zeros(out_features, device=device), torch.tensor(0, device=device)
+
+    def magnitude(token_mask: Tensor | None) -> None:
+        channel_magnitude_unchecked(y, token_mask, "mean_abs", totals, counted)
+
+    # As in SalientLinear: each follows a forward, finds y where that left it, and adds to totals.
     calls: list[tuple[str, Callable[[], object]]] = [
         ("forward", forward),
-        ("magnitude", lambda: channel_magnitude(y)),
+        ("magnitude", lambda: magnitude(None)),
         ("forward", forward),
-        ("masked", lambda: channel_magnitude(y, mask)),
+        ("masked", lambda: magnitude(mask)),
         ("dense", lambda: weight_grad(dense)),
         ("rows", lambda: weight_grad(salient)),
     ]

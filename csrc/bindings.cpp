@@ -142,11 +142,13 @@ class AdamWTable {
 };
 
 void channel_magnitude(int metric, int dtype, Address y, int64_t stride, Address mask, int64_t tokens,
-                       int64_t channels, Address total, int threads, const std::string& isa) {
+                       int64_t channels, Address total, Address counted, int threads, const std::string& isa) {
   py::gil_scoped_release release;
-  channel_magnitude_cpu(static_cast<Metric>(metric), static_cast<DType>(dtype), pointer<const void>(y),
-                        stride, pointer<const uint8_t>(mask), tokens, channels, pointer<float>(total),
-                        threads, isa);
+  const int64_t count =
+      channel_magnitude_cpu(static_cast<Metric>(metric), static_cast<DType>(dtype), pointer<const void>(y),
+                            stride, pointer<const uint8_t>(mask), tokens, channels, pointer<float>(total),
+                            threads, isa);
+  if (counted != 0) *pointer<int64_t>(counted) += count;
 }
 
 void gather_columns(int64_t element_size, Address from, int64_t stride, int64_t tokens, int64_t channels,
@@ -175,7 +177,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
 #endif
   m.def("channel_magnitude", &channel_magnitude, py::arg("metric"), py::arg("dtype"), py::arg("y"),
         py::arg("stride"), py::arg("mask"), py::arg("tokens"), py::arg("channels"), py::arg("total"),
-        py::arg("threads"), py::arg("isa") = "");
+        py::arg("counted"), py::arg("threads"), py::arg("isa") = "");
   m.def("gather_columns", &gather_columns, py::arg("element_size"), py::arg("source"), py::arg("stride"),
         py::arg("tokens"), py::arg("channels"), py::arg("columns"), py::arg("num_columns"), py::arg("to"),
         py::arg("threads"));

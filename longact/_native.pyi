@@ -15,6 +15,7 @@ def channel_magnitude(
     tokens: int,
     channels: int,
     total: int,
+    counted: int,
     threads: int,
     isa: str = "",
 ) -> None: ...

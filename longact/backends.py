@@ -113,13 +113,18 @@ _has_triton = importlib.util.find_spec("triton") is not None
 def is_plain(*tensors: Tensor) -> bool:
     """Whether kernels may read their memory, which tensors under function transforms, DTensors,
     fake tensors and other wrappers do not have."""
-    if any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors):
-        return False
+    for t in tensors:
+        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return False
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._are_functorch_transforms_active() and not any(
-        torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
-    )
+    if torch._C._are_functorch_transforms_active():
+        return False
+    # A generator more is much where a matmul has just emptied the cache.
+    for t in tensors:  # noqa: SIM110
+        if torch._C._functorch.is_legacy_batchedtensor(t):
+            return False
+    return True
 
 
 _triton_errors: dict[torch.device, str | None] = {}

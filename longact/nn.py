@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 )
 
 from longact.architectures import LINEAR_LIKE
-from longact.kernels.channel_magnitude import channel_magnitude
+from longact.kernels.channel_magnitude import channel_magnitude_unchecked
 from longact.kernels.projection import fuses, projections
 from longact.kernels.row_grad import is_for_triton, linear_grads, row_grad, row_sums
 from longact.optim import FusedMaskedAdam
@@ -558,7 +558,7 @@ class SalientLinear(_Selecting, nn.Linear):
             self.count_channels(y.detach(), rows, counts_tokens=True)
             return None
         totals, tokens = self.selection.counters(y.device)
-        channel_magnitude(
+        channel_magnitude_unchecked(
             y.detach().reshape(-1, y.shape[-1]),
             self.counted.token_mask(y),
             self.selection.config.metric,
@@ -580,7 +580,7 @@ class SalientLinear(_Selecting, nn.Linear):
         counted = tokens if counts_tokens and is_first else None
         mask = self.counted.token_mask(y)
         rows = rows.to(y.device)
-        own = channel_magnitude(y.reshape(-1, y.shape[-1]), mask, metric, counted=counted)
+        own = channel_magnitude_unchecked(y.reshape(-1, y.shape[-1]), mask, metric, counted=counted)
         if metric == "max_abs":
             own = torch.maximum(own, totals[rows])
             totals.index_copy_(0, rows, own)

@@ -134,7 +134,7 @@ def test_magnitude_has_the_same_bits_on_every_processor(dtype: torch.dtype, metr
     for isa in INSTRUCTION_SETS:
         for count in (1, 2, 3):
             with threads(count):
-                results.append(bits(native_cpu(y, mask, metric, isa)))
+                results.append(bits(native_cpu(y, mask, metric, isa=isa)))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 

@@ -24,26 +24,39 @@ def reference(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
     return magnitude.amax(0)
 
 
-def native_cpu(y: Tensor, token_mask: Tensor | None, metric: str, isa: str = "") -> Tensor:
+def native_cpu(
+    y: Tensor,
+    token_mask: Tensor | None,
+    metric: str,
+    out: Tensor | None = None,
+    counted: Tensor | None = None,
+    isa: str = "",
+) -> Tensor:
+    # Few operations: a matmul before it has left none of their code in the cache.
     assert native is not None
+    tokens, channels = y.shape
     if y.stride(1) != 1:
         y = y.contiguous()
-    if token_mask is not None:
+    if token_mask is not None and not (
+        token_mask.dtype == torch.bool and token_mask.is_contiguous()
+    ):
         token_mask = token_mask.to(torch.bool).contiguous()
-    total = torch.zeros(y.shape[1], dtype=torch.float32)
+    if out is None:
+        out = torch.zeros(channels, dtype=torch.float32)
     native.channel_magnitude(
         METRICS[metric],
         DTYPE_CODES[y.dtype],
         y.data_ptr(),
         y.stride(0),
         0 if token_mask is None else token_mask.data_ptr(),
-        y.shape[0],
-        y.shape[1],
-        total.data_ptr(),
+        tokens,
+        channels,
+        out.data_ptr(),
+        0 if counted is None else counted.data_ptr(),
         torch.get_num_threads(),
         isa,
     )
-    return total
+    return out
 
 
 def _triton(
@@ -67,18 +80,42 @@ def _is_for_triton(y: Tensor) -> bool:
     return runs_triton(y) and y.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _dispatch(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
+def channel_magnitude_unchecked(
+    y: Tensor,
+    token_mask: Tensor | None,
+    metric: str,
+    out: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """`channel_magnitude` for layers, which know that their tensors fit."""
+    if torch.compiler.is_compiling():
+        return _add(_op(y, token_mask, metric), y, token_mask, metric, out, counted)
     if _is_for_triton(y):
-        return _triton(y, token_mask, metric)
+        return _triton(y, token_mask, metric, out, counted)
     if native is not None and y.is_cpu and y.dtype in DTYPE_CODES and is_plain(y):
-        return native_cpu(y, token_mask, metric)
-    return reference(y, token_mask, metric)
+        return native_cpu(y, token_mask, metric, out, counted)
+    return _add(reference(y, token_mask, metric), y, token_mask, metric, out, counted)
+
+
+def _add(
+    totals: Tensor,
+    y: Tensor,
+    token_mask: Tensor | None,
+    metric: str,
+    out: Tensor | None,
+    counted: Tensor | None,
+) -> Tensor:
+    if counted is not None:
+        counted.add_(y.shape[0] if token_mask is None else (token_mask != 0).sum())
+    if out is None:
+        return totals
+    return torch.maximum(out, totals, out=out) if metric == "max_abs" else out.add_(totals)
 
 
 @torch.library.custom_op("longact::channel_magnitude", mutates_args=())
 def _op(y: Tensor, token_mask: Tensor | None, metric: str) -> Tensor:
     _check(y, token_mask, metric)
-    return _dispatch(y, token_mask, metric)
+    return channel_magnitude_unchecked(y, token_mask, metric)
 
 
 @_op.register_fake
@@ -147,15 +184,7 @@ def channel_magnitude(
     Raises:
         ValueError: an unknown metric, or shapes or devices that do not fit.
     """
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling:
+    if not torch.compiler.is_compiling():  # the op checks when it runs
         _check(y, token_mask, metric)
         _check_out(y, out, counted)
-        if _is_for_triton(y):
-            return _triton(y, token_mask, metric, out, counted)
-    totals: Tensor = (_op if is_compiling else _dispatch)(y, token_mask, metric)
-    if counted is not None:
-        counted.add_(y.shape[0] if token_mask is None else (token_mask != 0).sum())
-    if out is None:
-        return totals
-    return torch.maximum(out, totals, out=out) if metric == "max_abs" else out.add_(totals)
+    return channel_magnitude_unchecked(y, token_mask, metric, out, counted)
