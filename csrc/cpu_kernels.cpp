@@ -141,7 +141,7 @@ inline float combine(float a, float b) {
 // total: fp32 sums over 100 k tokens stay accurate, and the order depends on the data alone.
 constexpr int kGroup = 4;
 constexpr int64_t kTokenBlock = 256;
-constexpr int64_t kColumns = 512;
+constexpr int64_t kColumns = 1024;
 
 template <Metric kMetric, DType kDType>
 void magnitude_loop(const void* data, int64_t stride, const uint8_t* mask, int64_t tokens,
