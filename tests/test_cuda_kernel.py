@@ -23,7 +23,6 @@ from longact.kernels.masked_adamw import AdamWGroup, CudaTable, NativeTable
 from longact.selection import selection_of
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.usefixtures(one_thread.__name__),
     pytest.mark.skipif(native is None, reason="needs the native build"),
 ]
