@@ -60,8 +60,16 @@ def _channel_magnitude(device: torch.device) -> str:
         size = y[mask].double().abs()
         expected = {"mean_abs": size.sum(0), "rms": size.square().sum(0), "max_abs": size.amax(0)}
         for metric, of_metric in expected.items():
-            totals = channel_magnitude(y.to(device), mask.to(device), metric)
-            _compare(f"{metric} of {dtype}", totals, of_metric, 1e-5)
+            inputs = (y.to(device), mask.to(device), metric)
+            _compare(f"{metric} of {dtype}", channel_magnitude(*inputs), of_metric, 1e-5)
+            totals = torch.zeros(97, device=device)
+            counted = torch.zeros((), dtype=torch.int64, device=device)
+            for _ in range(2):  # as layers count: added to what was counted before
+                channel_magnitude(*inputs, out=totals, counted=counted)
+            twice = of_metric if metric == "max_abs" else 2 * of_metric
+            _compare(f"running {metric} of {dtype}", totals, twice, 1e-5)
+            if int(counted) != 2 * int(mask.sum()):
+                raise ArithmeticError(f"{metric} of {dtype}: {int(counted)} tokens counted")
     return "float32, bfloat16; mean_abs, rms, max_abs"
 
 
