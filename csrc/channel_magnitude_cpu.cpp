@@ -6,8 +6,9 @@
 namespace longact {
 namespace {
 
-// Where the partial sums begin, and the end. Each is of as many counted tokens, which depends on how many
-// count alone: the order of the sum is the same wherever padding stands, and for any number of threads.
+// Where the partial sums begin, and the end. Each is of as many counted tokens, at most 256: fp32 sums over
+// 100 k tokens stay accurate. How many depends on how many count alone: the order of the sum is the same
+// wherever padding stands, and for any number of threads.
 std::vector<int64_t> begins_of_blocks(const uint8_t* mask, int64_t tokens, int64_t counted) {
   constexpr int64_t kGroup = 4;  // as cpu_kernels.cpp takes them
   const int64_t size = std::clamp((counted / 16 + kGroup - 1) / kGroup * kGroup, int64_t{16}, int64_t{256});

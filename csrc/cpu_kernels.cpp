@@ -137,10 +137,8 @@ inline float combine(float a, float b) {
   return a + b;
 }
 
-// Tokens go four at a time into a partial sum of at most kTokenBlock of them, which then goes into the
-// total: fp32 sums over 100 k tokens stay accurate, and the order depends on the data alone.
+// Tokens go into the total four at a time; of as many channels at a time as L1 holds.
 constexpr int kGroup = 4;
-constexpr int64_t kTokenBlock = 256;
 constexpr int64_t kColumns = 1024;
 
 template <Metric kMetric, DType kDType>
@@ -148,38 +146,30 @@ void magnitude_loop(const void* data, int64_t stride, const uint8_t* mask, int64
                     int64_t channels, float* total) {
   using E = Element<kDType>;
   const auto* y = static_cast<const typename E::type*>(data);
-  float partial[kColumns];
   for (int64_t first = 0; first < channels; first += kColumns) {
     const int64_t width = channels - first < kColumns ? channels - first : kColumns;
     float* __restrict out = total + first;
-    int64_t t = 0;
-    while (t < tokens) {
-      for (int64_t c = 0; c < width; ++c) partial[c] = 0.0f;
-      int64_t counted = 0;
-      while (t < tokens && counted < kTokenBlock) {
-        const typename E::type* group[kGroup];
-        int size = 0;
-        for (; t < tokens && size < kGroup; ++t) {
-          if (mask == nullptr || mask[t] != 0) group[size++] = y + t * stride + first;
+    for (int64_t t = 0; t < tokens;) {
+      const typename E::type* group[kGroup];
+      int size = 0;
+      for (; t < tokens && size < kGroup; ++t) {
+        if (mask == nullptr || mask[t] != 0) group[size++] = y + t * stride + first;
+      }
+      if (size == kGroup) {
+        const auto *a = group[0], *b = group[1], *d = group[2], *e = group[3];
+        for (int64_t c = 0; c < width; ++c) {
+          const float ab = combine<kMetric>(measure<kMetric>(E::get(a, c)), measure<kMetric>(E::get(b, c)));
+          const float de = combine<kMetric>(measure<kMetric>(E::get(d, c)), measure<kMetric>(E::get(e, c)));
+          out[c] = combine<kMetric>(out[c], combine<kMetric>(ab, de));
         }
-        counted += size;
-        if (size == kGroup) {
-          const auto *a = group[0], *b = group[1], *d = group[2], *e = group[3];
+      } else {
+        for (int i = 0; i < size; ++i) {
+          const auto* a = group[i];
           for (int64_t c = 0; c < width; ++c) {
-            const float ab = combine<kMetric>(measure<kMetric>(E::get(a, c)), measure<kMetric>(E::get(b, c)));
-            const float de = combine<kMetric>(measure<kMetric>(E::get(d, c)), measure<kMetric>(E::get(e, c)));
-            partial[c] = combine<kMetric>(partial[c], combine<kMetric>(ab, de));
-          }
-        } else {
-          for (int i = 0; i < size; ++i) {
-            const auto* a = group[i];
-            for (int64_t c = 0; c < width; ++c) {
-              partial[c] = combine<kMetric>(partial[c], measure<kMetric>(E::get(a, c)));
-            }
+            out[c] = combine<kMetric>(out[c], measure<kMetric>(E::get(a, c)));
           }
         }
       }
-      for (int64_t c = 0; c < width; ++c) out[c] = combine<kMetric>(out[c], partial[c]);
     }
   }
 }

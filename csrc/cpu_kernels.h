@@ -32,7 +32,7 @@ struct CpuKernels {
   void (*store_stochastic)(const RandomKey& key, int64_t first, const float* from, void* to, int64_t n);
 
   // total[c] (op)= |y[t, c]| or y^2, over the tokens whose mask byte is not 0 (mask null: all).
-  // `stride`: elements between two tokens.
+  // `stride`: elements between two tokens. Some hundreds of tokens at most keep fp32 sums exact enough.
   void (*magnitude)(Metric metric, DType dtype, const void* y, int64_t stride, const uint8_t* mask,
                     int64_t tokens, int64_t channels, float* total);
 };
