@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 __all__ = [
     "DTYPE_CODES",
@@ -114,9 +115,10 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether kernels may read their memory, which tensors under function transforms, DTensors,
     fake tensors and other wrappers do not have."""
     for t in tensors:
-        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        kind = type(t)
+        if kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return False
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
     if torch._C._are_functorch_transforms_active():
         return False
@@ -150,12 +152,14 @@ def triton_error(device: torch.device) -> str | None:
 
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether Triton kernels can be launched on them."""
+    if tensors[0].is_cpu and "cpu" not in _TRITON_DEVICES:  # in fewer operations than below
+        return False
     device = tensors[0].device
     return (
         device.type in _TRITON_DEVICES
         and is_plain(*tensors)
         # Compiled code calls ops, which ask again when they run.
-        and (torch.compiler.is_compiling() or triton_error(device) is None)
+        and (is_compiling() or triton_error(device) is None)
     )
 
 

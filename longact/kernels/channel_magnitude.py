@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from longact.backends import DTYPE_CODES, is_plain, native, runs_triton
 
@@ -76,8 +77,7 @@ def _triton(
     return out
 
 
-def _is_for_triton(y: Tensor) -> bool:
-    return runs_triton(y) and y.dtype in (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def channel_magnitude_unchecked(
@@ -88,9 +88,9 @@ def channel_magnitude_unchecked(
     counted: Tensor | None = None,
 ) -> Tensor:
     """`channel_magnitude` for layers, which know that their tensors fit."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _add(_op(y, token_mask, metric), y, token_mask, metric, out, counted)
-    if _is_for_triton(y):
+    if runs_triton(y) and y.dtype in _TRITON_DTYPES:
         return _triton(y, token_mask, metric, out, counted)
     if native is not None and y.is_cpu and y.dtype in DTYPE_CODES and is_plain(y):
         return native_cpu(y, token_mask, metric, out, counted)
@@ -184,7 +184,7 @@ def channel_magnitude(
     Raises:
         ValueError: an unknown metric, or shapes or devices that do not fit.
     """
-    if not torch.compiler.is_compiling():  # the op checks when it runs
+    if not is_compiling():  # the op checks when it runs
         _check(y, token_mask, metric)
         _check_out(y, out, counted)
     return channel_magnitude_unchecked(y, token_mask, metric, out, counted)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from longact.backends import DTYPE_CODES, is_plain, native, runs_triton
 
@@ -22,9 +23,11 @@ def _columns(grad_output: Tensor, rows: Tensor) -> Tensor:
     if not _is_for_native(grad_output, rows):
         return grad_output.index_select(1, rows).t()
     assert native is not None
-    grad_output, rows = grad_output.resolve_neg(), rows.contiguous()
+    if grad_output.is_neg():
+        grad_output = grad_output.resolve_neg()
     if grad_output.stride(1) != 1:
         grad_output = grad_output.contiguous()
+    rows = rows.contiguous()
     columns = grad_output.new_empty(rows.shape[0], grad_output.shape[0])
     native.gather_columns(
         grad_output.element_size(),
@@ -40,16 +43,17 @@ def _columns(grad_output: Tensor, rows: Tensor) -> Tensor:
 
 
 def _is_for_native(grad_output: Tensor, rows: Tensor) -> bool:
+    # Few operations: a matmul before it has left none of their code in the cache.
     return (
         native is not None
         and grad_output.is_cpu
         and grad_output.dtype in DTYPE_CODES
         and rows.is_cpu
-        and rows.dtype == torch.int32
+        and rows.dtype is torch.int32
+        and not is_compiling()
         and is_plain(grad_output, rows)
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and grad_output.requires_grad)
-        and unpack_dual(grad_output).tangent is None  # type: ignore[no-untyped-call]
+        and not (grad_output.requires_grad and torch.is_grad_enabled())
+        and forward_ad._current_level < 0  # else there may be a tangent
     )
 
 
@@ -174,7 +178,7 @@ def linear_grads(
         `[out, in]` (`into`, if given) and `[out]` (empty without a bias). Differentiable again
         where grad mode is on.
     """
-    if torch.compiler.is_compiling():  # on the CPU it sees torch's own ops, to fuse them
+    if is_compiling():  # on the CPU it sees torch's own ops, to fuse them
         compiled = _linear_op if runs_triton(grad_output, input) else _linear_grads
         return compiled(grad_output, input, rows, bias)
     if into is None and (torch.is_grad_enabled() or not is_for_triton(grad_output, input)):
