@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import itertools
 import multiprocessing
+import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -35,6 +37,26 @@ def start_ranks(world: int, target: Callable[..., None], *args: Any) -> None:
     """`target(rank, *args)` in new processes of their own, until all have ended."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     mp.start_processes(target, args, nprocs=world, start_method="forkserver")
+
+
+def start_trainer_ranks(world: int, target: Callable[..., None], *args: Any) -> None:
+    """`start_ranks` in the environment that torchrun gives: trainers join by themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_ranks(world, _trainer_rank, world, port, target, args)
+
+
+def _trainer_rank(
+    rank: int, world: int, port: int, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    target(rank, *args)
+    dist.destroy_process_group()
 
 
 class _Ranks:

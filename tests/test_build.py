@@ -68,7 +68,6 @@ print(longact.backends()["masked_adamw_"]["cpu"])
 """
 
 
-@pytest.mark.slow
 def test_cpu_build_has_every_instruction_set(built_sources: Path, tmp_path: Path) -> None:
     done = build(built_sources, tmp_path / "lib", LONGACT_CUDA="0")
     assert done.returncode == 0, done.stderr

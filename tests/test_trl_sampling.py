@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from helpers import assert_same_tree, one_thread
 from models import PAD, assert_same_params, tiny_model
-from ranks import start_ranks
+from ranks import start_trainer_ranks
 from torch import Tensor
 
 pytest.importorskip("trl", reason="needs the rl extra")
@@ -924,12 +923,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_trains_on(tmp_path: Path) ->
 # Several processes
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), HF_HUB_OFFLINE="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     common: dict[str, Any] = {
         "dynamic_sampling": True, "ddp_find_unused_parameters": False, "ddp_timeout": 120,
@@ -970,7 +964,6 @@ def _rank(rank: int, folder: str, port: int) -> None:
         keep("lost", trained(Path(folder) / "lost", resume=lost, **common, **pairs))
     result["warned"] = [str(w.message) for w in caught if w.category is longact.LongActWarning]
     torch.save(result, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _together(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -999,10 +992,7 @@ def _together(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_two_processes_share_groups_and_resume(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_ranks(2, _rank, str(tmp_path), port)
+    start_trainer_ranks(2, _rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     for name, local, group, batches in (("pairs", 3, 2, 3), ("threes", 6, 3, 4), ("lost", 3, 2, 2)):
         both = [rank[name] for rank in ranks]
