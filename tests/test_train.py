@@ -18,7 +18,6 @@ import torch
 pytest.importorskip("trl", reason="needs the rl extra")
 from helpers import assert_same_tree, one_thread
 from models import QK, assert_same_params, params_of, tiny_model
-from ranks import start_trainer_ranks
 from trainers import prompts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -187,27 +186,24 @@ def test_two_processes_stay_replicas_and_resume(base: Path, tmp_path: Path) -> N
         "ddp_timeout": 120,
         "per_device_train_batch_size": 2,
     }
-    torchrun = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
-    torchrun += ["--nproc-per-node", "2", "-m", "longact", "train", "dapo"]
-    done = subprocess.run(
-        [*torchrun, *arguments(base, tmp_path / "whole", **settings)],
-        env=os.environ | ENV,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
-    settings["resume_from_checkpoint"] = "true"
-    # In fewer seconds than torchrun's.
-    start_trainer_ranks(2, _train, arguments(base, tmp_path / "resumed", **settings))
+    ranks = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
+    ranks += ["--nproc-per-node", "2", "-m", "longact", "train", "dapo"]
+    for name in ("whole", "resumed"):
+        folder = tmp_path / name
+        if name == "resumed":
+            shutil.copytree(tmp_path / "whole" / "checkpoint-3", folder / "checkpoint-3")
+            settings["resume_from_checkpoint"] = "true"
+        done = subprocess.run(
+            [*ranks, *arguments(base, folder, **settings)],
+            env=os.environ | ENV,
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
     whole, resumed = (final_state(tmp_path / n, 5) for n in ("whole", "resumed"))
     assert_same_tree(whole, resumed)
-
-
-def _train(rank: int, overrides: list[str]) -> None:
-    train(read_config("dapo", overrides))
 
 
 def write(path: Path, text: str) -> str:
