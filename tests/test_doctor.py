@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -135,27 +136,17 @@ def of_self_test(seconds: float = 60.0) -> dict[str, Row]:
 magnitude = channel_magnitude.channel_magnitude_unchecked
 
 
-def forgets_totals(
-    y: torch.Tensor,
-    token_mask: torch.Tensor,
-    metric: str,
-    out: torch.Tensor | None,
-    counted: torch.Tensor | None,
-) -> torch.Tensor:
-    totals = magnitude(y, token_mask, metric, None, counted)
-    return totals if out is None else out.copy_(totals)
+def forgets_totals(*arguments: Any) -> torch.Tensor:
+    *inputs, out, counted = arguments
+    totals = magnitude(*inputs, None, counted)
+    return totals if out is None else out.copy_(totals)  # type: ignore[no-any-return]
 
 
-def counts_padding(
-    y: torch.Tensor,
-    token_mask: torch.Tensor,
-    metric: str,
-    out: torch.Tensor | None,
-    counted: torch.Tensor | None,
-) -> torch.Tensor:
+def counts_padding(*arguments: Any) -> torch.Tensor:
+    *inputs, out, counted = arguments
     if counted is not None:
-        counted.add_(len(y))
-    return magnitude(y, token_mask, metric, out)
+        counted.add_(len(inputs[0]))
+    return magnitude(*inputs, out)
 
 
 def first_rows(totals: list[torch.Tensor], *others: object) -> tuple[list[torch.Tensor], None]:
